@@ -1,0 +1,186 @@
+"""The CMR block: a residual block with CME and TIM in front of its residual branch, and SME at its end (Figure 4).
+
+Type A is CME, TIM and the block; type B is type A with SME. Which one a block is follows from three placements.
+
+Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
+"""
+from typing import Any, Tuple, Union
+
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from .clip import check_choice
+from .cme import CME
+from .sme import SME
+from .tim import TIM
+
+__all__ = ['CMRBasicBlock', 'CMRBlock', 'PLACEMENTS', 'is_placed']
+
+PLACEMENTS = ('all', 'first', 'none')
+
+
+def is_placed(name: str, where: str, opens_stage: bool) -> bool:
+    """Whether a block takes a layer: in all blocks of a network, in each stage's first, or in none (Table 5)."""
+    check_choice(name, where, PLACEMENTS)
+    return where == 'all' or (where == 'first' and opens_stage)
+
+
+class _TemporalBlock(nn.Module):
+    """What the two blocks share: making their temporal layers."""
+
+    def _add_temporal(
+            self,
+            in_channels: int,
+            out_channels: int,
+            opens_stage: bool,
+            num_frames: int,
+            cme: str,
+            tim: str,
+            sme: str,
+            reduction: Union[int, Tuple[int, int]],
+            device: Any,
+            dtype: Any,
+    ) -> None:
+        kw = {'num_frames': num_frames, 'device': device, 'dtype': dtype}
+        has_cme, has_tim, has_sme = (
+            is_placed(name, where, opens_stage) for name, where in (('cme', cme), ('tim', tim), ('sme', sme)))
+        self.cme: nn.Module = CME(in_channels, reduction=reduction, **kw) if has_cme else nn.Identity()
+        self.tim: nn.Module = TIM(in_channels, **kw) if has_tim else nn.Identity()
+        self.sme: nn.Module = SME(out_channels, **kw) if has_sme else nn.Identity()
+
+
+class CMRBlock(_TemporalBlock, Bottleneck):
+    """timm's Bottleneck with the temporal layers: CMR-BlockA, or CMR-BlockB where ``sme`` puts an SME at its end.
+
+    The shortcut takes the block's input as it is; CME and TIM sit on the residual branch only. SME sees the block's
+    output after the ReLU, and what it returns is not rectified again (as in the authors' code).
+
+    Args:
+        *args: timm's ``Bottleneck`` arguments (inplanes, planes, stride, downsample, ...), as they are.
+        num_frames: Frames T of a clip.
+        cme: 'all', 'first' or 'none': the network's blocks that take a CME. A block knows that it opens a stage by
+            its downsample.
+        tim: Likewise for TIM.
+        sme: Likewise for SME.
+        reduction: CME's reduction, r1 = r2 or (r1, r2).
+        **kwargs: timm's ``Bottleneck`` keyword arguments.
+
+    Shapes:
+        (B*T, inplanes, H, W) to (B*T, 4 * planes, H / stride, W / stride).
+
+    Raises:
+        ValueError: A placement is none of the three, or an argument of a layer is out of its range.
+
+    Example:
+        >>> import timm, torch
+        >>> model = timm.create_model('resnet26', block=CMRBlock, block_args=dict(num_frames=4, sme='none'))
+        >>> model.eval()(torch.randn(4, 3, 64, 64)).shape  # a plain timm ResNet has no consensus: one row per frame
+        torch.Size([4, 1000])
+    """
+
+    def __init__(
+            self,
+            *args: Any,
+            num_frames: int = 8,
+            cme: str = 'all',
+            tim: str = 'all',
+            sme: str = 'first',
+            reduction: Union[int, Tuple[int, int]] = 8,
+            device: Any = None,
+            dtype: Any = None,
+            **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self._add_temporal(
+            self.conv1.in_channels, self.conv3.out_channels, self.downsample is not None,
+            num_frames, cme, tim, sme, reduction, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        x = self.cme(x)
+        x = self.tim(x)
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        x = self.act3(x)
+
+        return self.sme(x)
+
+
+class CMRBasicBlock(_TemporalBlock, BasicBlock):
+    """timm's BasicBlock with the temporal layers, the sibling of :class:`CMRBlock` for ResNet-18 and -34.
+
+    Arguments and errors as there. One difference: in timm's ResNet-18 and -34 the first stage opens without a
+    downsample, so a block of that stage can't know that it is the first, and 'first' leaves that stage without the
+    layer. ``cmr_resnet18`` and ``cmr_resnet34`` tell their blocks and have it.
+
+    Shapes:
+        (B*T, inplanes, H, W) to (B*T, planes, H / stride, W / stride).
+
+    Example:
+        >>> import torch
+        >>> CMRBasicBlock(64, 64, num_frames=4)(torch.randn(8, 64, 14, 14)).shape
+        torch.Size([8, 64, 14, 14])
+    """
+
+    def __init__(
+            self,
+            *args: Any,
+            num_frames: int = 8,
+            cme: str = 'all',
+            tim: str = 'all',
+            sme: str = 'first',
+            reduction: Union[int, Tuple[int, int]] = 8,
+            device: Any = None,
+            dtype: Any = None,
+            **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        self._add_temporal(
+            self.conv1.in_channels, self.conv2.out_channels, self.downsample is not None,
+            num_frames, cme, tim, sme, reduction, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        x = self.cme(x)
+        x = self.tim(x)
+
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.drop_block(x)
+        x = self.act1(x)
+        x = self.aa(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+
+        if self.se is not None:
+            x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        x = self.act2(x)
+
+        return self.sme(x)

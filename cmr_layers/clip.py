@@ -1,0 +1,275 @@
+"""The clip axis: how frames become clips and clips become frames.
+
+Inside a network every tensor is (B*T, C, H, W) with the frames of a clip next to each other, "(b t)". A module that
+needs the clip unfolds it for itself with the rule of :func:`clip_shape`. T is called ``num_frames`` throughout
+(TSM calls it n_segment, mmaction2 num_segments).
+"""
+from typing import Any, Set, Tuple
+
+import torch
+from einops.layers.torch import Rearrange
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+__all__ = [
+    'ClipLayer', 'ClipModel', 'Consensus', 'Fold', 'clip_shape', 'set_num_frames', 'temporal_keys',
+]
+
+
+def check_positive(name: str, value: Any) -> int:
+    """Return value if it is a positive int, or raise a ValueError that names the argument."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name} must be a positive int, got {value!r}')
+    return value
+
+
+def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
+    """Return value if it is one of the choices, or raise a ValueError that names the argument."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}')
+    return str(value)
+
+
+def clip_shape(num_images: int, num_frames: int) -> Tuple[int, int]:
+    """Split a folded batch into clips.
+
+    Fewer images than one clip are stills: clips of a single frame each. More have to be whole clips.
+
+    Args:
+        num_images: Size N of the folded axis of (N, C, H, W).
+        num_frames: Frames T of a clip.
+
+    Returns:
+        (clips, frames per clip): (N, 1) for stills, (N / T, T) otherwise.
+
+    Raises:
+        ValueError: N is larger than T and no multiple of it.
+
+    Example:
+        >>> clip_shape(16, num_frames=8), clip_shape(2, num_frames=8)
+        ((2, 8), (2, 1))
+    """
+    if num_images < num_frames:
+        return num_images, 1
+    if num_images % num_frames != 0:
+        raise ValueError(
+            f'x holds {num_images} frames, which is not a whole number of clips: with num_frames={num_frames} it '
+            f'must be a multiple of {num_frames}, or fewer than {num_frames} stills'
+        )
+    return num_images // num_frames, num_frames
+
+
+def unfold(x: Tensor, num_frames: int) -> Tensor:
+    """(B*T, ...) -> (B, T, ...) by the rule of :func:`clip_shape`."""
+    clips, frames = clip_shape(x.shape[0], num_frames)
+    # The expand changes nothing but what a tracer knows: to it a split of N leaves N // (N // T) frames, not T, and
+    # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end.
+    return x.unflatten(0, (clips, frames)).expand([clips, frames] + list(x.shape[1:]))
+
+
+def _check_frames(x: Tensor, num_frames: int) -> None:
+    if x.shape[1] != num_frames:
+        raise ValueError(
+            f'x of shape {list(x.shape)} holds clips of {x.shape[1]} frames, but num_frames={num_frames} is wanted: '
+            f'sample {num_frames} frames, or call set_num_frames(model, {x.shape[1]})'
+        )
+
+
+class ClipModule(nn.Module):
+    """Something that knows how many frames a clip has."""
+    num_frames: int
+
+    def __init__(self, num_frames: int) -> None:
+        super().__init__()
+        self.num_frames = check_positive('num_frames', num_frames)
+
+    def set_num_frames(self, num_frames: int) -> None:
+        self.num_frames = check_positive('num_frames', num_frames)
+
+
+class ClipLayer(ClipModule):
+    """Base of CME, SME and TIM: takes (B*T, C, H, W) or (B, T, C, H, W) and returns what it was given.
+
+    A subclass writes :meth:`forward_clips` and sees clips (B, T, C, H, W) only, with T = num_frames, or T = 1 when
+    the folded input holds fewer frames than one clip (stills).
+
+    Args:
+        channels: Channels C of the input.
+        num_frames: Frames T of a clip.
+
+    Raises:
+        ValueError: An argument is no positive int; at call time, the input has another number of dimensions,
+            channels or frames.
+    """
+    channels: int
+
+    def __init__(self, channels: int, num_frames: int) -> None:
+        super().__init__(num_frames)
+        self.channels = check_positive('channels', channels)
+
+    def _clips(self, x: Tensor) -> Tensor:
+        """See x as clips (B, T, C, H, W)."""
+        if (x.ndim != 4 and x.ndim != 5) or x.shape[-3] != self.channels:
+            raise ValueError(
+                f'x must have shape (B*T, {self.channels}, H, W) or (B, {self.num_frames}, {self.channels}, H, W), '
+                f'got {list(x.shape)}'
+            )
+        if x.ndim == 5:
+            _check_frames(x, self.num_frames)
+            return x
+        return unfold(x, self.num_frames)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.forward_clips(self._clips(x))
+        return y.reshape(x.shape)  # not flatten: a traced batch size keeps its one symbol
+
+    def forward_clips(self, x: Tensor) -> Tensor:
+        raise RuntimeError('a ClipLayer defines forward_clips')
+
+    def extra_repr(self) -> str:
+        return f'{self.channels}, num_frames={self.num_frames}'
+
+
+@register_notrace_module
+class Fold(ClipModule):
+    """The door of a video network: (B, T, C, H, W) -> (B*T, C, H, W).
+
+    A folded batch passes through, if it holds whole clips or stills (see :func:`clip_shape`).
+
+    Args:
+        num_frames: Frames T of a clip.
+
+    Raises:
+        ValueError: At call time: neither 4-D nor 5-D, another T, or no whole number of clips.
+    """
+
+    def __init__(self, num_frames: int) -> None:
+        super().__init__(num_frames)
+        self.fold = Rearrange('b t c h w -> (b t) c h w')
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 5:
+            _check_frames(x, self.num_frames)
+            x = self.fold(x)
+        elif x.ndim == 4:
+            clip_shape(x.shape[0], self.num_frames)
+        else:
+            raise ValueError(
+                f'x must be clips (B, {self.num_frames}, C, H, W) or frames (B*{self.num_frames}, C, H, W), '
+                f'got {list(x.shape)}'
+            )
+        return x
+
+    def extra_repr(self) -> str:
+        return f'num_frames={self.num_frames}'
+
+
+@register_notrace_module
+class Consensus(ClipModule):
+    """One prediction for a clip: the mean over its frames, (B*T, K) -> (B, K) (TSN's average consensus).
+
+    Only vectors are averaged. Feature maps, (B*T, C, H, W), pass through and stay one per frame.
+
+    Args:
+        num_frames: Frames T of a clip; fewer rows than that are stills and stay as they are.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unfold(x, self.num_frames).mean(1) if x.ndim == 2 else x
+
+    def extra_repr(self) -> str:
+        return f'num_frames={self.num_frames}'
+
+
+class ClipModel(nn.Module):
+    """A video classifier made of an image classifier: fold, run every frame, average the clip's frames.
+
+    What :func:`retrofit` and :func:`insert` leave is a network that still maps (B*T, C, H, W) frames to one output
+    each. This wrapper gives it the interface of the ``cmr_resnet`` family.
+
+    Args:
+        model: Network from (B*T, C, H, W) to logits or features (B*T, K).
+        num_frames: Frames T of a clip.
+
+    Shapes:
+        (B, T, C, H, W), or (B*T, C, H, W) by the rule of :func:`clip_shape`, to (B, K).
+
+    Raises:
+        ValueError: num_frames is no positive int or, at call time, not the clip's number of frames.
+        TypeError: At call time, model returned something that is not a tensor (B*T, K).
+
+    Example:
+        >>> import timm
+        >>> model = ClipModel(timm.create_model('resnet18', num_classes=5).eval(), num_frames=4)
+        >>> model(torch.randn(2, 4, 3, 64, 64)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, model: nn.Module, num_frames: int = 8) -> None:
+        super().__init__()
+        self.fold = Fold(num_frames)
+        self.model = model
+        self.consensus = Consensus(num_frames)
+
+    @property
+    def num_frames(self) -> int:
+        return self.fold.num_frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.model(self.fold(x))
+        if not isinstance(frames, Tensor) or frames.ndim != 2:
+            got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
+            raise TypeError(f'model must return a tensor of shape (B*T, K) for the frames of a clip, got {got}')
+        y: Tensor = self.consensus(frames)
+        return y
+
+
+def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:
+    """Set the clip length of every layer of a model, in place. Weights do not depend on it.
+
+    Args:
+        model: A ``cmr_resnet``, a retrofitted network, or any module that holds CME, SME or TIM.
+        num_frames: Frames T of a clip.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: num_frames is no positive int, or the model holds no layer that has one.
+
+    Example:
+        >>> import timm, cmr_layers
+        >>> model = set_num_frames(timm.create_model('cmr_resnet18', num_frames=8), 16)
+        >>> model.num_frames
+        16
+    """
+    check_positive('num_frames', num_frames)
+    found = [m for m in model.modules() if callable(getattr(m, 'set_num_frames', None))]
+    if not found:
+        raise ValueError(
+            f'model ({type(model).__name__}) holds no layer with num_frames; wanted one with CME, SME or TIM in it'
+        )
+    for module in found:
+        module.set_num_frames(num_frames)  # type: ignore[operator]
+    return model
+
+
+def temporal_keys(model: nn.Module) -> Set[str]:
+    """Keys of the state dict that belong to CME, SME or TIM: what an image checkpoint cannot have.
+
+    Args:
+        model: Any module.
+
+    Returns:
+        Set of state dict keys, empty if the model holds no such layer.
+
+    Example:
+        >>> from cmr_layers import TIM
+        >>> temporal_keys(nn.Sequential(nn.Conv2d(3, 8, 1), TIM(8)))
+        {'1.weight'}
+    """
+    return {
+        f'{name}.{key}' if name else key
+        for name, module in model.named_modules() if isinstance(module, ClipLayer)
+        for key in module.state_dict()
+    }

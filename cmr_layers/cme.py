@@ -1,0 +1,96 @@
+"""Channel-wise Motion Enhancement (CME), equations (1)-(6) of the paper.
+
+Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
+"""
+from typing import Any, Optional, Tuple, Union
+
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from . import ops
+from .clip import ClipLayer, check_positive
+
+__all__ = ['CME']
+
+
+@register_notrace_module
+class CME(ClipLayer):
+    """Gates each frame's channels by what differs in the clip's other frames.
+
+    Every frame is pooled to a vector, reduced to a value z and a key k, and takes in the values of the other frames
+    with weights softmax_j(-k_t k_j): the frames that differ most count most. A sigmoid turns the fused vector into
+    one gate in (0, 1) per channel and frame, and the frame is multiplied by its gates.
+
+    The paper leaves open whether the projections have a bias and how they start. As in the authors' code they have
+    none here and start with PyTorch's default, so the gates start near 1/2, not near 1. ``gate_bias`` chooses
+    another start: with it every gate starts at exactly sigmoid(gate_bias).
+
+    Args:
+        channels: Channels C of the input.
+        num_frames: Frames T of a clip.
+        reduction: The paper's r1 = r2, or the pair (r1, r2): values have C/r1 channels, keys C/r2. Where r does not
+            divide C, which the paper asks for, the width is rounded up.
+        gate_bias: Start of a bias added to the gates' logits; W3 then starts at zero. None: equation (6) as it
+            stands, without a bias.
+
+    Shapes:
+        (B*T, C, H, W) or (B, T, C, H, W) to the same.
+
+    Raises:
+        ValueError: An argument is no positive int; at call time, another shape (see :class:`ClipLayer`).
+
+    Example:
+        >>> import torch
+        >>> layer = CME(64, num_frames=8)
+        >>> layer(torch.randn(16, 64, 14, 14)).shape
+        torch.Size([16, 64, 14, 14])
+        >>> layer.gate(torch.randn(2, 8, 64, 14, 14)).shape
+        torch.Size([2, 8, 64])
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            num_frames: int = 8,
+            reduction: Union[int, Tuple[int, int]] = 8,
+            gate_bias: Optional[float] = None,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, num_frames)
+        r1, r2 = _pair(reduction)
+        self.reduction = (r1, r2)
+        self.gate_bias = gate_bias
+        self.w1 = nn.Linear(channels, -(-channels // r1), bias=False, **dd)
+        self.w2 = nn.Linear(channels, -(-channels // r2), bias=False, **dd)
+        self.w3 = nn.Linear(-(-channels // r1), channels, bias=gate_bias is not None, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as described in the class docstring."""
+        for w in (self.w1, self.w2, self.w3):
+            w.reset_parameters()
+        if self.gate_bias is not None:
+            nn.init.zeros_(self.w3.weight)
+            nn.init.constant_(self.w3.bias, self.gate_bias)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Gates a of equation (6): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C), in (0, 1), at least float32."""
+        return ops.cme_gate(self._clips(x), self.w1.weight, self.w2.weight, self.w3.weight, self.w3.bias)
+
+    def forward_clips(self, x: Tensor) -> Tensor:
+        return ops.cme(x, self.w1.weight, self.w2.weight, self.w3.weight, self.w3.bias)
+
+    def extra_repr(self) -> str:
+        r1, r2 = self.reduction
+        gate_bias = '' if self.gate_bias is None else f', gate_bias={self.gate_bias}'
+        return f'{super().extra_repr()}, reduction={r1 if r1 == r2 else (r1, r2)}{gate_bias}'
+
+
+def _pair(reduction: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    """One knob, or r1 and r2 set apart."""
+    pair = tuple(reduction) if isinstance(reduction, (tuple, list)) else (reduction, reduction)
+    if len(pair) != 2:
+        raise ValueError(f'reduction must be a positive int or a pair (r1, r2) of them, got {reduction!r}')
+    return check_positive('reduction', pair[0]), check_positive('reduction', pair[1])

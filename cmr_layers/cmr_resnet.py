@@ -1,0 +1,233 @@
+"""The CMR-ResNet family, registered with timm: ``timm.create_model('cmr_resnet50', num_frames=8)``.
+
+Each name is timm's ResNet of the same depth with CMR blocks, a fold of the clip axis at the door and the mean over
+the frames at the end. The parameters of the image network keep timm's names.
+
+Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
+"""
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, get_pretrained_cfg, list_pretrained, register_model
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+
+from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
+from .clip import Consensus, Fold, check_choice, temporal_keys
+
+__all__ = ['CMRResNet']  # timm's registry adds the names of the family
+
+Block = Union[Type[CMRBlock], Type[CMRBasicBlock]]
+
+
+class StageBlocks:
+    """A block class for one stage of timm's ResNet that tells each block whether it is the stage's first.
+
+    timm calls it once per block, in order. A block alone can't always know (see :class:`CMRBasicBlock`).
+    """
+
+    def __init__(self, block: Block, **placements: str) -> None:
+        self.block = block
+        self.expansion = block.expansion
+        self.placements = placements
+        self.built = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        placed = {
+            name: 'all' if is_placed(name, where, self.built == 0) else 'none'
+            for name, where in self.placements.items()}
+        self.built += 1
+        return self.block(*args, **placed, **kwargs)
+
+
+class CMRResNet(ResNet):
+    """A video ResNet of CMR blocks.
+
+    Args:
+        block: :class:`CMRBlock` or :class:`CMRBasicBlock`.
+        layers: Blocks of each stage.
+        num_frames: Frames T of a clip.
+        cme: Blocks with a CME: 'all', each stage's 'first', or 'none' (Table 5).
+        tim: Likewise for TIM.
+        sme: Likewise for SME.
+        reduction: CME's reduction, r1 = r2 or (r1, r2) (Table 3).
+        consensus: What the mean over a clip's frames is taken of: 'logits' or 'features' (before the dropout).
+        block_args: Further arguments of the block.
+        **kwargs: Arguments of timm's ``ResNet``: num_classes, in_chans, drop_rate (dropout before the classifier;
+            the authors train with 0.5), output_stride, ...
+
+    Shapes:
+        (B, T, C, H, W), or (B*T, C, H, W) with the frames of a clip next to each other, to (B, num_classes).
+        Of the folded form, fewer frames than one clip are stills, one prediction each. Feature maps
+        (``forward_features``, ``forward_intermediates``, ``features_only``) are per frame, (B*T, C, H, W).
+
+    Raises:
+        ValueError: A placement or consensus is none of its choices, num_frames or reduction is no positive int; at
+            call time, T is not num_frames or a folded batch holds no whole number of clips.
+
+    Example:
+        >>> import timm, torch, cmr_layers
+        >>> model = timm.create_model('cmr_resnet18', num_classes=174, num_frames=8).eval()
+        >>> model(torch.randn(1, 8, 3, 64, 64)).shape
+        torch.Size([1, 174])
+    """
+
+    def __init__(
+            self,
+            block: Block,
+            layers: Sequence[int],
+            num_frames: int = 8,
+            cme: str = 'all',
+            tim: str = 'all',
+            sme: str = 'first',
+            reduction: Union[int, Tuple[int, int]] = 8,
+            consensus: str = 'logits',
+            block_args: Optional[Dict[str, Any]] = None,
+            **kwargs: Any,
+    ) -> None:
+        placements = {'cme': cme, 'tim': tim, 'sme': sme}
+        for name, where in placements.items():
+            check_choice(name, where, PLACEMENTS)
+        check_choice('consensus', consensus, ('logits', 'features'))
+        super().__init__(
+            tuple(StageBlocks(block, **placements) for _ in layers),
+            layers,
+            block_args=dict(num_frames=num_frames, reduction=reduction, **(block_args or {})),
+            **kwargs,
+        )
+        self.average_features = consensus == 'features'
+        self.consensus = Consensus(num_frames)
+        # First of the children: timm's FeatureListNet and FeatureDictNet run the children in order and never call
+        # forward(), so a fold that only stood there would be skipped.
+        children = dict(self._modules)
+        self._modules.clear()
+        self.fold = Fold(num_frames)
+        self._modules.update(children)
+
+    @property
+    def num_frames(self) -> int:
+        """Frames T of a clip; change it with :func:`cmr_layers.set_num_frames`."""
+        return self.fold.num_frames
+
+    @torch.jit.ignore
+    def set_num_frames(self, num_frames: int) -> None:
+        """Record T for ``save_for_hf``; :func:`cmr_layers.set_num_frames` sets it on the layers and here."""
+        self._model_args = dict(getattr(self, '_model_args', {}), num_frames=num_frames)
+
+    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[
+            List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """As timm's, of the clip's frames: maps are (B*T, C, H, W)."""
+        return super().forward_intermediates(self.fold(x), *args, **kwargs)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, T, C, H, W) or (B*T, C, H, W) to the last feature map of each frame, (B*T, C, H, W)."""
+        x = self.fold(x)
+        # from here on timm's forward_features, written out because TorchScript knows no super()
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+        x = self.maxpool(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        else:
+            x = self.layer1(x)
+            x = self.layer2(x)
+            x = self.layer3(x)
+            x = self.layer4(x)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Feature maps (B*T, C, H, W) to logits (B, num_classes), or to what the classifier sees, (B, C)."""
+        x = self.global_pool(x)
+        if self.average_features or pre_logits:
+            x = self.consensus(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        if pre_logits:
+            return x
+        x = self.fc(x)
+        return x if self.average_features else self.consensus(x)
+
+
+def _check_pretrained(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+    """Complete an image network's weights with the temporal layers' start; refuse anything else that differs.
+
+    timm loads loosely as soon as num_classes differs from the checkpoint's, and would then keep random weights where
+    a file is wrong. The classifier is left to timm, which drops or loads it.
+    """
+    own = model.state_dict()
+    temporal = temporal_keys(model)
+    # old checkpoints have no such counters, and torch does without
+    ignored = {key for key in {*own, *state_dict} if key.startswith('fc.') or key.endswith('.num_batches_tracked')}
+    missing = own.keys() - state_dict.keys() - ignored
+    unexpected = state_dict.keys() - own.keys() - ignored
+    if missing >= temporal - ignored:
+        missing -= temporal
+        state_dict = {**state_dict, **{key: own[key] for key in temporal}}
+    if missing or unexpected:
+        raise RuntimeError(
+            f'the weights do not fit {type(model).__name__}: only the keys of the temporal layers may be missing, '
+            f'all of them together. Missing keys: {sorted(missing)}. Unexpected keys: {sorted(unexpected)}.'
+        )
+    return state_dict
+
+
+def _create_cmr_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CMRResNet:
+    model: CMRResNet = build_model_with_cfg(
+        CMRResNet, variant, pretrained, pretrained_filter_fn=_check_pretrained, **kwargs)
+    return model
+
+
+# The stem and the downsample of timm's d-variants.
+_D = {'stem_width': 32, 'stem_type': 'deep', 'avg_down': True}
+
+_ARCHITECTURES: Dict[str, Dict[str, Any]] = {
+    'resnet18': dict(block=CMRBasicBlock, layers=(2, 2, 2, 2)),
+    'resnet18d': dict(block=CMRBasicBlock, layers=(2, 2, 2, 2), **_D),
+    'resnet26': dict(block=CMRBlock, layers=(2, 2, 2, 2)),
+    'resnet26d': dict(block=CMRBlock, layers=(2, 2, 2, 2), **_D),
+    'resnet34': dict(block=CMRBasicBlock, layers=(3, 4, 6, 3)),
+    'resnet34d': dict(block=CMRBasicBlock, layers=(3, 4, 6, 3), **_D),
+    'resnet50': dict(block=CMRBlock, layers=(3, 4, 6, 3)),
+    'resnet50d': dict(block=CMRBlock, layers=(3, 4, 6, 3), **_D),
+    'resnet101': dict(block=CMRBlock, layers=(3, 4, 23, 3)),
+    'resnet101d': dict(block=CMRBlock, layers=(3, 4, 23, 3), **_D),
+    'resnet152': dict(block=CMRBlock, layers=(3, 8, 36, 3)),
+    'resnet152d': dict(block=CMRBlock, layers=(3, 8, 36, 3), **_D),
+    'resnext50_32x4d': dict(block=CMRBlock, layers=(3, 4, 6, 3), cardinality=32, base_width=4),
+    'resnext50d_32x4d': dict(block=CMRBlock, layers=(3, 4, 6, 3), cardinality=32, base_width=4, **_D),
+    'wide_resnet50_2': dict(block=CMRBlock, layers=(3, 4, 6, 3), base_width=128),
+    'seresnet50': dict(block=CMRBlock, layers=(3, 4, 6, 3), block_args=dict(attn_layer='se')),
+}
+
+
+def _image_cfgs(name: str) -> Dict[str, Dict[str, Any]]:
+    """timm's weights of the image network, under their tags: hub id, mean, std and all; timm's default comes first."""
+    default = get_pretrained_cfg(name)
+    tags = [default.tag, *(tagged.split('.', 1)[1] for tagged in list_pretrained(f'{name}.*'))]
+    return {
+        f'cmr_{name}.{tag}': {**get_pretrained_cfg(f'{name}.{tag}').to_dict(), 'architecture': f'cmr_{name}'}
+        for tag in dict.fromkeys(tags)}
+
+
+default_cfgs = generate_default_cfgs({
+    key: cfg for name in _ARCHITECTURES for key, cfg in _image_cfgs(name).items()})
+
+
+def _register(name: str) -> Callable[..., CMRResNet]:
+    """Register ``cmr_<name>`` with timm."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> CMRResNet:
+        model_args = dict(_ARCHITECTURES[name])
+        if 'block_args' in model_args:
+            model_args['block_args'] = {**model_args['block_args'], **(kwargs.pop('block_args', None) or {})}
+        return _create_cmr_resnet(f'cmr_{name}', pretrained, **{**model_args, **kwargs})
+
+    create.__name__ = create.__qualname__ = f'cmr_{name}'
+    create.__doc__ = f"""timm's {name} with CMR blocks; arguments as :class:`CMRResNet`."""
+    return register_model(create)
+
+
+for _name in _ARCHITECTURES:
+    globals()[f'cmr_{_name}'] = _register(_name)

@@ -1,0 +1,346 @@
+"""Put a temporal layer at any module of a network that somebody else built, and take it out again.
+
+Nothing of the network is replaced or renamed. A layer becomes a child of the module it stands at, so that its
+parameters train, move and save with the network, and a forward hook sends the tensor through it.
+"""
+import fnmatch
+import re
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from .clip import ClipLayer, check_choice, check_positive
+
+__all__ = ['Insertion', 'Report', 'insert', 'restore']
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_RECORD = '_cmr_insertions'
+
+Names = Union[str, 're.Pattern[str]']
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One layer that was put in.
+
+    Attributes:
+        kind: Class of the layer, 'CME', 'SME' or 'TIM'.
+        name: Where it lives in the network, as in ``named_modules()`` and the state dict.
+        where: 'before' or 'after'.
+        at: Name of the module that it acts before or after.
+        channels: Channels C that it found there.
+        num_parameters: Parameters that it adds.
+    """
+    kind: str
+    name: str
+    where: str
+    at: str
+    channels: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`insert` or :func:`retrofit` did; print it."""
+    model: str
+    num_frames: int
+    insertions: List[Insertion] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Insertion]:
+        return iter(self.insertions)
+
+    def __len__(self) -> int:
+        return len(self.insertions)
+
+    def __str__(self) -> str:
+        kinds = [insertion.kind for insertion in self]
+        counts = ', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))
+        added = sum(insertion.num_parameters for insertion in self)
+        lines = [f'{self.model}: {counts} for clips of {self.num_frames} frames, {added / 1e6:.2f}M parameters added']
+        width = max(len(insertion.name) for insertion in self)
+        lines += [f'  {i.name:<{width}}  {i.channels:>4} channels, {i.where} {i.at}' for i in self]
+        return '\n'.join(lines)
+
+
+class _Before:
+    """Forward pre-hook: the module's input goes through a layer first."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        # The layer is looked up at each call, so whatever takes its place (a folded form, say) is used.
+        self.owner, self.name = owner, name
+
+    def __call__(self, module: nn.Module, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
+        return (getattr(self.owner, self.name)(args[0]), *args[1:])
+
+
+class _After(_Before):
+    """Forward hook: the module's output goes through a layer."""
+
+    def __call__(self, module: nn.Module, args: Tuple[Any, ...], output: Any = None) -> Any:
+        return getattr(self.owner, self.name)(output)
+
+
+def insert(
+        model: nn.Module,
+        layer: Callable[..., ClipLayer],
+        at: Union[Names, List[Names]],
+        where: str = 'after',
+        num_frames: int = 8,
+        example_input: Optional[Tensor] = None,
+        **layer_kwargs: Any,
+) -> Report:
+    """Put CME, SME or TIM before or after modules of a network, in place.
+
+    The channels are found by one forward pass of a zero image in eval mode, without gradients. Afterwards the
+    network takes frames (B*T, C, H, W) as before; wrap it in :class:`ClipModel` to feed it clips. :func:`restore`
+    takes the layers out again.
+
+    The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2, which halves
+    what a trained network sees there. Pass ``gate_bias=4.`` to start a CME with gates of sigmoid(4) = 0.98.
+
+    Args:
+        model: The network.
+        layer: ``CME``, ``SME``, ``TIM`` or anything that is called alike, ``layer(channels, num_frames=...)``.
+        at: Names as ``model.named_modules()`` gives them: one name, a pattern such as ``'blocks.*.0'`` whose
+            wildcards match within a component, a compiled regular expression for whole names, or a list of these.
+            A plain ``nn.Sequential`` stands for its first ('before') or last ('after') module.
+        where: 'before' or 'after' the module.
+        num_frames: Frames T of a clip.
+        example_input: Input to find the channels with, if not a zero image of the network's own size, (1, C, H, W).
+        **layer_kwargs: Arguments of the layer, such as ``reduction=4``.
+
+    Returns:
+        What was inserted where.
+
+    Raises:
+        ValueError: A name or pattern matches nothing; where is neither of the two; a module does not run, or has no
+            tensor (N, C, H, W) there; a layer argument is out of its range.
+        TypeError: layer is not callable, or ``example_input`` is no tensor.
+
+    Example:
+        >>> import timm
+        >>> model = timm.create_model('mobilenetv3_small_050')
+        >>> print(insert(model, CME, at='blocks.*.0', where='before', gate_bias=4., num_frames=4))
+        MobileNetV3: 6 CME for clips of 4 frames, 0.01M parameters added
+          blocks.0.0.cme    16 channels, before blocks.0.0
+          blocks.1.0.cme     8 channels, before blocks.1.0
+          blocks.2.0.cme    16 channels, before blocks.2.0
+          blocks.3.0.cme    24 channels, before blocks.3.0
+          blocks.4.0.cme    24 channels, before blocks.4.0
+          blocks.5.0.cme    48 channels, before blocks.5.0
+        >>> ClipModel(model.eval(), num_frames=4)(torch.randn(2, 4, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+    """
+    if not callable(layer) or isinstance(layer, nn.Module):
+        raise TypeError(f'layer must be a class such as CME (it is built once per place), got {layer!r}')
+    check_choice('where', where, ('before', 'after'))
+    check_positive('num_frames', num_frames)
+    targets = dict(_resolve(model, name, where) for name in _match(model, at))
+    calls = probe(model, targets, example_input)
+    built = []
+    for name, target in targets.items():
+        channels = calls[name].channels(where)
+        owner_name, owner = _owner(model, name)
+        made = layer(channels, num_frames=num_frames, **like(target, model), **layer_kwargs)
+        if not isinstance(made, ClipLayer):
+            raise TypeError(f'layer must make a CME, SME or TIM, got {type(made).__name__}')
+        built.append((name, target, owner_name, owner, made))
+    # nothing is touched before all layers could be made
+    return Report(type(model).__name__, num_frames, [
+        attach(model, made, name, target, where, owner_name, owner) for name, target, owner_name, owner, made in built])
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Take out all that :func:`insert` and :func:`retrofit` put in: the original network, bit for bit.
+
+    Args:
+        model: The network that was passed to them.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: Nothing was inserted in this network.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+        >>> _ = insert(model, SME, at='1')
+        >>> [name for name, _ in restore(model).named_parameters()]
+        ['0.weight', '0.bias']
+    """
+    if not hasattr(model, _RECORD):
+        raise ValueError(
+            f'model ({type(model).__name__}) holds nothing to take out: it must be the network that was passed to '
+            f'insert() or retrofit()'
+        )
+    for owner, name, handle in getattr(model, _RECORD):
+        handle.remove()
+        delattr(owner, name)
+    delattr(model, _RECORD)
+    return model
+
+
+def attach(
+        model: nn.Module,
+        layer: ClipLayer,
+        at: str,
+        target: nn.Module,
+        where: str,
+        owner_name: str,
+        owner: nn.Module,
+) -> Insertion:
+    """Make layer a child of owner and route target's input or output through it; remember how to undo it on model."""
+    kind = type(layer).__name__
+    base = kind.lower() if owner is target or at.startswith(f'{owner_name}.conv') else kind.lower()
+    name, n = base, 1
+    while hasattr(owner, name):
+        n += 1
+        name = f'{base}{n}'
+    layer.train(target.training)
+    owner.add_module(name, layer)
+    if where == 'before':
+        handle = target.register_forward_pre_hook(_Before(owner, name))
+    else:
+        handle = target.register_forward_hook(_After(owner, name))
+    if not hasattr(model, _RECORD):
+        setattr(model, _RECORD, [])
+    getattr(model, _RECORD).append((owner, name, handle))
+    return Insertion(
+        kind, f'{owner_name}.{name}' if owner_name else name, where, at, layer.channels,
+        sum(p.numel() for p in layer.parameters()))
+
+
+def like(module: nn.Module, model: nn.Module) -> Dict[str, Any]:
+    """device and dtype for a new layer: those of the module's parameters or, failing that, of the model's."""
+    for source in (module, model):
+        for p in source.parameters():
+            if p.is_floating_point():
+                return {'device': p.device, 'dtype': p.dtype}
+    return {'device': None, 'dtype': None}
+
+
+class Call:
+    """What went in and out of a module in a forward pass."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.passes: List[Tuple[Any, Any]] = []
+
+    def record(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
+        self.passes.append((args[0] if args else None, output))
+
+    @property
+    def input(self) -> Any:
+        return self.passes[0][0] if self.passes else None
+
+    def channels(self, where: str) -> int:
+        """Channels of the tensor (1, C, H, W) that went in ('before') or came out ('after')."""
+        side = 'input' if where == 'before' else 'output'
+        if not self.passes:
+            raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
+        found = {
+            tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            for x in (call[where == 'after'] for call in self.passes)}
+        shapes = [shape for shape in found if isinstance(shape, tuple) and len(shape) == 4 and shape[0] == 1]
+        channels = {shape[1] for shape in shapes}
+        if len(shapes) != len(found) or len(channels) != 1:
+            raise ValueError(
+                f'the {side} of at={self.name!r} must be one tensor (N, C, H, W), with N frames and always the same C; '
+                f'for one image it is {", ".join(map(str, sorted(map(str, found))))}'
+            )
+        return int(channels.pop())
+
+
+def probe(
+        model: nn.Module,
+        targets: Dict[str, nn.Module],
+        example_input: Optional[Tensor] = None,
+) -> Dict[str, Call]:
+    """Run the model once on one image, in eval mode and without gradients, and watch the targets."""
+    if example_input is None:
+        example_input = _zero_image(model)
+    elif not isinstance(example_input, Tensor):
+        raise TypeError(f'example_input must be a tensor (1, C, H, W), got {type(example_input).__name__}')
+    calls = {name: Call(name) for name in targets}
+    handles = [target.register_forward_hook(calls[name].record) for name, target in targets.items()]
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(example_input)
+    except Exception as error:
+        raise ValueError(
+            f'the model could not run on an image of shape {list(example_input.shape)} to find its channels: {error}. '
+            f'Pass one that it can run on as example_input'
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return calls
+
+
+def _zero_image(model: nn.Module) -> Tensor:
+    """One image of the size the network declares (timm's or transformers' way), or 224x224."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    config = getattr(model, 'config', None)
+    in_channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    size = getattr(config, 'image_size', None) or 224
+    height, width = cfg['input_size'][1:] if 'input_size' in cfg else (size if isinstance(size, (tuple, list)) else (size, size))
+    return torch.zeros(1, in_channels, height, width, **like(model, model))
+
+
+def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
+    """Names of the modules that the patterns select, in the order of the model."""
+    names = [name for name, _ in model.named_modules() if name]
+    selected = set()
+    for pattern in at if isinstance(at, (list, tuple)) else [at]:
+        if isinstance(pattern, re.Pattern):
+            matched = [name for name in names if pattern.fullmatch(name)]
+        elif isinstance(pattern, str):
+            matched = [name for name in names if _glob(name, pattern)]
+        else:
+            raise TypeError(f'at must be a name, a pattern, a compiled regular expression or a list of these, got {pattern!r}')
+        if not matched:
+            close = [name for name in names if name.count('.') == str(getattr(pattern, 'pattern', pattern)).count('.')]
+            raise ValueError(
+                f'at={getattr(pattern, "pattern", pattern)!r} matches no module of {type(model).__name__}; it has '
+                f'{", ".join(close[:8] or names[:8])}, ...'
+            )
+        selected.update(matched)
+    return [name for name in names if name in selected]
+
+
+def _glob(name: str, pattern: str) -> bool:
+    parts, wanted = name.split('.'), pattern.split('.')
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
+
+
+def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
+    """Follow plain Sequentials down to the module that takes their input or gives their output.
+
+    A Sequential can't own a layer (it would run it as one more of its modules), and gradient checkpointing calls its
+    modules without it.
+    """
+    module = model.get_submodule(name)
+    while type(module).forward is nn.Sequential.forward and len(module._modules):
+        child = next(iter(module._modules) if where == 'before' else reversed(module._modules))
+        name, module = f'{name}.{child}', module.get_submodule(child)
+    return name, module
+
+
+def _owner(model: nn.Module, name: str) -> Tuple[str, nn.Module]:
+    """The module that holds the layer: the target, or its nearest parent that does not run all its children."""
+    while True:
+        module = model.get_submodule(name)
+        if not isinstance(module, _CONTAINERS):
+            return name, module
+        if not name:
+            raise ValueError(
+                f'at={name!r} of {type(model).__name__} has no module to hold the layer; wanted one inside an nn.Module '
+                f'that is no container'
+            )
+        name = name.rpartition('.')[0]

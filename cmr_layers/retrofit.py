@@ -1,0 +1,170 @@
+"""Turn a ResNet that somebody else built and trained into a CMR network, in place, and back.
+
+timm's ``ResNet`` class (with its ResNeXt, SE, Res2Net, ResNeSt and SK kin), torchvision's and transformers' ResNets,
+and any network whose stages ``layer1`` to ``layer4`` hold blocks that hand their input to ``conv1``.
+
+Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
+"""
+from typing import Dict, List, Optional, Tuple, Union
+
+import torch
+from torch import nn
+
+from .block import is_placed
+from .clip import ClipLayer, check_choice, check_positive
+from .cme import CME
+from .insert import Report, attach, like, probe
+from .sme import SME
+from .tim import TIM
+
+__all__ = ['retrofit']
+
+# Stages of blocks, each a (name, block).
+Stages = List[List[Tuple[str, nn.Module]]]
+
+
+def retrofit(
+        model: nn.Module,
+        num_frames: int = 8,
+        cme: str = 'all',
+        tim: str = 'all',
+        sme: str = 'first',
+        reduction: Union[int, Tuple[int, int]] = 8,
+        start: str = 'identity',
+) -> Report:
+    """Put CME and TIM in front of the residual branches of a ResNet, and SME at the end of its blocks, in place.
+
+    The network keeps its class, its parameters and their names; the layers are children ``cme``, ``tim`` and ``sme``
+    of each block, as in the ``cmr_resnet`` family, so state dicts of a retrofitted timm ResNet and of its cousin in
+    the family fit each other. It still maps frames (B*T, C, H, W) to one output each: wrap it in
+    :class:`ClipModel` to feed it clips (B, T, C, H, W). :func:`restore` gives the original network back.
+
+    What the network computes before it is trained depends on ``start``:
+
+    - ``'identity'``: what it computed before, bit for bit, for stills and for clips. SME starts as the identity. A
+      gate in (0, 1) cannot, so CME starts with every gate at exactly 1/2, and TIM, which follows it, with the single
+      tap 2; the product is exact. Where ``tim`` leaves a CME alone, it starts with gates of sigmoid(4) = 0.982
+      instead, and the residual branch sees 0.982 x.
+    - ``'paper'``: the layers as they start alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
+      and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2, one in eval mode does not:
+      train before you look at predictions.
+
+    Args:
+        model: The network, or one that contains it (a segmentation net, say).
+        num_frames: Frames T of a clip.
+        cme: Blocks that take a CME: 'all', each stage's 'first', or 'none' (Table 5).
+        tim: Likewise for TIM.
+        sme: Likewise for SME.
+        reduction: CME's reduction, r1 = r2 or (r1, r2).
+        start: 'identity' or 'paper', see above.
+
+    Returns:
+        What was inserted where.
+
+    Raises:
+        ValueError: The model is no ResNet of a known layout, or holds several; it already has temporal layers; all
+            placements are 'none'; an argument is none of its choices.
+
+    Example:
+        >>> import timm, torch
+        >>> resnet = timm.create_model('resnet18').eval()
+        >>> images = torch.randn(4, 3, 64, 64)
+        >>> before = resnet(images)
+        >>> report = retrofit(resnet, num_frames=4)
+        >>> len(report), bool((resnet(images) == before).all())
+        (20, True)
+        >>> ClipModel(resnet, num_frames=4)(images[None]).shape
+        torch.Size([1, 1000])
+    """
+    check_positive('num_frames', num_frames)
+    check_choice('start', start, ('identity', 'paper'))
+    _check_untouched(model)
+    kin, entry, stages = _find_stages(model)
+    blocks = {name: block for stage in stages for name, block in stage}
+    entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
+    calls = probe(model, {**blocks, **entries}, _small_image(model))
+
+    layers: List[Tuple[ClipLayer, str, nn.Module, str, str, nn.Module]] = []
+    for stage in stages:
+        for name, block in stage:
+            at = f'{name}.{entry}'
+            if calls[at].input is None or calls[at].input is not calls[name].input:
+                raise ValueError(
+                    f'model ({type(model).__name__}) is not supported: block {name!r} ({type(block).__name__}) does '
+                    f'not hand its input to {entry!r}, where CME and TIM belong. insert() can put the layers at any '
+                    f'module'
+                )
+            opens_stage = block is stage[0][1]
+            has_cme, has_tim = is_placed('cme', cme, opens_stage), is_placed('tim', tim, opens_stage)
+            kw = {'num_frames': num_frames, **like(block, model)}
+            identity = start == 'identity'
+            if has_cme:
+                gate_bias = None if not identity else 0. if has_tim else 4.
+                made = CME(calls[name].channels('before'), reduction=reduction, gate_bias=gate_bias, **kw)
+                layers.append((made, at, entries[at], 'before', name, block))
+            if has_tim:
+                init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)
+                made = TIM(calls[name].channels('before'), init=init, gain=gain, **kw)
+                layers.append((made, at, entries[at], 'before', name, block))
+            if is_placed('sme', sme, opens_stage):
+                layers.append((SME(calls[name].channels('after'), **kw), name, block, 'after', name, block))
+    if not layers:
+        raise ValueError(f'nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be \'none\'')
+    return Report(f'{type(model).__name__} ({kin})', num_frames, [attach(model, *layer) for layer in layers])
+
+
+def _check_untouched(model: nn.Module) -> None:
+    found = [name for name, module in model.named_modules() if isinstance(module, ClipLayer)]
+    if found:
+        raise ValueError(
+            f'model ({type(model).__name__}) already has {len(found)} temporal layers ({found[0]}, ...); wanted a '
+            f'network without. restore(model) takes out what retrofit() and insert() put in'
+        )
+
+
+def _layer_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
+    """timm, torchvision, mmpretrain: layer1 to layer4 of blocks. A pruned timm network has empty ones."""
+    names = [f'layer{i}' for i in range(1, 5)]
+    if not all(isinstance(getattr(host, name, None), nn.Sequential) for name in names):
+        return None
+    return [[(f'{prefix}{name}.{i}', block) for i, block in getattr(host, name).named_children()] for name in names]
+
+
+def _encoder_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
+    """transformers: encoder.stages, each with layers."""
+    stages = getattr(getattr(host, 'encoder', None), 'stages', None)
+    if not isinstance(stages, nn.ModuleList) or not all(isinstance(getattr(s, 'layers', None), nn.Module) for s in stages):
+        return None
+    return [
+        [(f'{prefix}encoder.stages.{i}.layers.{j}', block) for j, block in stage.layers.named_children()]
+        for i, stage in enumerate(stages)]
+
+
+# Layout, the child of a block that begins its residual branch, and how to list the stages.
+_LAYOUTS = (
+    ('layer1 to layer4', 'conv1', _layer_stages),
+    ('encoder.stages', 'layer', _encoder_stages),
+)
+
+
+def _find_stages(model: nn.Module) -> Tuple[str, str, Stages]:
+    found: Dict[str, Tuple[str, str, Stages]] = {}
+    for name, host in model.named_modules():
+        for layout, entry, list_stages in _LAYOUTS:
+            stages = list_stages(host, f'{name}.' if name else '')
+            blocks = [block for stage in stages or [] for _, block in stage]
+            if stages and blocks and all(isinstance(getattr(block, entry, None), nn.Module) for block in blocks):
+                found[name or type(model).__name__] = (layout, entry, stages)
+    if len(found) != 1:
+        raise ValueError(
+            f'model ({type(model).__name__}) holds {"several ResNets: " + ", ".join(found) if found else "no ResNet"}; '
+            f'wanted one of timm, torchvision or transformers, or one whose layer1 to layer4 hold blocks with a conv1. '
+            + ('Pass one of them' if found else 'insert() puts the layers in other networks')
+        )
+    return next(iter(found.values()))
+
+
+def _small_image(model: nn.Module) -> torch.Tensor:
+    """A ResNet shows its channels on any image, so one that costs little."""
+    in_channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
+    return torch.zeros(1, in_channels, 64, 64, **like(model, model))

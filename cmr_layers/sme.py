@@ -1,0 +1,80 @@
+"""Spatial-wise Motion Enhancement (SME), equations (7)-(8) of the paper.
+
+Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
+"""
+from typing import Any, Type
+
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from . import ops
+from .clip import ClipLayer
+
+__all__ = ['SME']
+
+
+@register_notrace_module
+class SME(ClipLayer):
+    """Adds to each frame a convolution of the places that change towards the next frame.
+
+    Where a pixel's features point elsewhere in the next frame the similarity s is low, and x * (1 - s) keeps the
+    moving places only. A dense 1x1 convolution and a batch norm scale that term, and the frame itself is added.
+
+    The batch norm starts with weight and bias zero, as in the authors' code, so the layer starts as the identity.
+    The convolution starts as there: normal with variance 2 / C (Kaiming, fan-out).
+
+    Args:
+        channels: Channels C of the input.
+        num_frames: Frames T of a clip.
+        bias: Give the convolution a bias. The batch norm makes it redundant; the authors' checkpoints have one.
+        norm_layer: Normalisation after the convolution.
+
+    Shapes:
+        (B*T, C, H, W) or (B, T, C, H, W) to the same.
+
+    Raises:
+        ValueError: channels or num_frames is no positive int; at call time, another shape (see :class:`ClipLayer`).
+
+    Example:
+        >>> import torch
+        >>> layer, x = SME(64, num_frames=8), torch.randn(16, 64, 14, 14)
+        >>> bool((layer(x) == x).all())  # the identity, before training
+        True
+        >>> layer.similarity(x).shape
+        torch.Size([2, 8, 14, 14])
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            num_frames: int = 8,
+            bias: bool = False,
+            norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, num_frames)
+        self.conv = nn.Conv2d(channels, channels, 1, bias=bias, **dd)
+        self.bn = norm_layer(channels, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as described in the class docstring."""
+        nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
+        if self.conv.bias is not None:
+            nn.init.zeros_(self.conv.bias)
+        self.zero_init_last()
+
+    def zero_init_last(self) -> None:
+        """Make the layer the identity. timm calls this when it (re-)initialises a network."""
+        for p in self.bn.parameters(recurse=False):
+            nn.init.zeros_(p)
+
+    def similarity(self, x: Tensor) -> Tensor:
+        """Similarity s of equation (7): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, H, W), at least float32."""
+        return ops.similarity(self._clips(x))
+
+    def forward_clips(self, x: Tensor) -> Tensor:
+        frames = ops.motion(x).flatten(0, 1)
+        return self.bn(self.conv(frames)).view_as(x) + x                    # (8)
