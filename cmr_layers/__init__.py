@@ -5,10 +5,14 @@ Importing the package registers the ``cmr_resnet`` family with timm.
 from .block import CMRBasicBlock, CMRBlock
 from .clip import ClipModel, set_num_frames, temporal_keys
 from .cme import CME
-from .cmr_resnet import *  # noqa: F403  (the family's names, which timm's registry adds to __all__)
+from .cmr_resnet import CMRResNet
 from .insert import insert, restore
 from .retrofit import retrofit
 from .sme import SME
 from .tim import TIM
 from .version import __version__
 
+__all__ = [
+    'CME', 'SME', 'TIM', 'CMRBasicBlock', 'CMRBlock', 'CMRResNet', 'ClipModel', '__version__', 'insert', 'restore',
+    'retrofit', 'set_num_frames', 'temporal_keys',
+]

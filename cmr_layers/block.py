@@ -27,6 +27,9 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
 
 class _TemporalBlock(nn.Module):
     """What the two blocks share: making their temporal layers."""
+    cme_layer = CME
+    tim_layer = TIM
+    sme_layer = SME
 
     def _add_temporal(
             self,
@@ -44,9 +47,9 @@ class _TemporalBlock(nn.Module):
         kw = {'num_frames': num_frames, 'device': device, 'dtype': dtype}
         has_cme, has_tim, has_sme = (
             is_placed(name, where, opens_stage) for name, where in (('cme', cme), ('tim', tim), ('sme', sme)))
-        self.cme: nn.Module = CME(in_channels, reduction=reduction, **kw) if has_cme else nn.Identity()
-        self.tim: nn.Module = TIM(in_channels, **kw) if has_tim else nn.Identity()
-        self.sme: nn.Module = SME(out_channels, **kw) if has_sme else nn.Identity()
+        self.cme: nn.Module = self.cme_layer(in_channels, reduction=reduction, **kw) if has_cme else nn.Identity()
+        self.tim: nn.Module = self.tim_layer(in_channels, **kw) if has_tim else nn.Identity()
+        self.sme: nn.Module = self.sme_layer(out_channels, **kw) if has_sme else nn.Identity()
 
 
 class CMRBlock(_TemporalBlock, Bottleneck):

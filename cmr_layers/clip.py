@@ -88,7 +88,7 @@ class ClipModule(nn.Module):
 
 
 class ClipLayer(ClipModule):
-    """Base of CME, SME and TIM: takes (B*T, C, H, W) or (B, T, C, H, W) and returns what it was given.
+    """Base of CME, SME and TIM: takes (B*T, C, H, W) or (B, T, C, H, W) and returns the same, memory layout included.
 
     A subclass writes :meth:`forward_clips` and sees clips (B, T, C, H, W) only, with T = num_frames, or T = 1 when
     the folded input holds fewer frames than one clip (stills).
@@ -120,8 +120,13 @@ class ClipLayer(ClipModule):
         return unfold(x, self.num_frames)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.forward_clips(self._clips(x))
-        return y.reshape(x.shape)  # not flatten: a traced batch size keeps its one symbol
+        # reshape, not flatten: to a tracer a batch of N frames stays N, and does not become N // T * T
+        y = self.forward_clips(self._clips(x)).reshape(x.shape)
+        if x.is_contiguous():
+            return y.contiguous()
+        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return y.contiguous(memory_format=torch.channels_last)
+        return y
 
     def forward_clips(self, x: Tensor) -> Tensor:
         raise RuntimeError('a ClipLayer defines forward_clips')

@@ -2,6 +2,7 @@
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
+import math
 from typing import Any, Optional, Tuple, Union
 
 from timm.layers import register_notrace_module
@@ -22,22 +23,22 @@ class CME(ClipLayer):
     one gate in (0, 1) per channel and frame, and the frame is multiplied by its gates.
 
     The paper leaves open whether the projections have a bias and how they start. As in the authors' code they have
-    none here and start with PyTorch's default, so the gates start near 1/2, not near 1. ``gate_bias`` chooses
-    another start: with it every gate starts at exactly sigmoid(gate_bias).
+    none here and start with PyTorch's default, so the gates start near 1/2, not near 1. ``gate_init`` chooses
+    another start, the same for every gate: W3 starts at zero, and any other value than 1/2 takes a bias.
 
     Args:
         channels: Channels C of the input.
         num_frames: Frames T of a clip.
         reduction: The paper's r1 = r2, or the pair (r1, r2): values have C/r1 channels, keys C/r2. Where r does not
             divide C, which the paper asks for, the width is rounded up.
-        gate_bias: Start of a bias added to the gates' logits; W3 then starts at zero. None: equation (6) as it
-            stands, without a bias.
+        gate_init: Value in (0, 1) that all gates start at; other than 0.5 it gives W3 a bias. None: PyTorch's
+            default start of equation (6) as it stands.
 
     Shapes:
         (B*T, C, H, W) or (B, T, C, H, W) to the same.
 
     Raises:
-        ValueError: An argument is no positive int; at call time, another shape (see :class:`ClipLayer`).
+        ValueError: An argument is no positive int, or gate_init not in (0, 1); at call time, another shape (see :class:`ClipLayer`).
 
     Example:
         >>> import torch
@@ -53,7 +54,7 @@ class CME(ClipLayer):
             channels: int,
             num_frames: int = 8,
             reduction: Union[int, Tuple[int, int]] = 8,
-            gate_bias: Optional[float] = None,
+            gate_init: Optional[float] = None,
             device: Any = None,
             dtype: Any = None,
     ) -> None:
@@ -61,19 +62,22 @@ class CME(ClipLayer):
         super().__init__(channels, num_frames)
         r1, r2 = _pair(reduction)
         self.reduction = (r1, r2)
-        self.gate_bias = gate_bias
+        if gate_init is not None and not 0 < gate_init < 1:
+            raise ValueError(f'gate_init must lie between 0 and 1, or be None, got {gate_init!r}')
+        self.gate_init = gate_init
         self.w1 = nn.Linear(channels, -(-channels // r1), bias=False, **dd)
         self.w2 = nn.Linear(channels, -(-channels // r2), bias=False, **dd)
-        self.w3 = nn.Linear(-(-channels // r1), channels, bias=gate_bias is not None, **dd)
+        self.w3 = nn.Linear(-(-channels // r1), channels, bias=gate_init not in (None, 0.5), **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start as described in the class docstring."""
         for w in (self.w1, self.w2, self.w3):
             w.reset_parameters()
-        if self.gate_bias is not None:
+        if self.gate_init is not None:
             nn.init.zeros_(self.w3.weight)
-            nn.init.constant_(self.w3.bias, self.gate_bias)
+            if self.w3.bias is not None:
+                nn.init.constant_(self.w3.bias, math.log(self.gate_init / (1 - self.gate_init)))
 
     def gate(self, x: Tensor) -> Tensor:
         """Gates a of equation (6): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C), in (0, 1), at least float32."""
@@ -84,8 +88,8 @@ class CME(ClipLayer):
 
     def extra_repr(self) -> str:
         r1, r2 = self.reduction
-        gate_bias = '' if self.gate_bias is None else f', gate_bias={self.gate_bias}'
-        return f'{super().extra_repr()}, reduction={r1 if r1 == r2 else (r1, r2)}{gate_bias}'
+        gate_init = '' if self.gate_init is None else f', gate_init={self.gate_init}'
+        return f'{super().extra_repr()}, reduction={r1 if r1 == r2 else (r1, r2)}{gate_init}'
 
 
 def _pair(reduction: Union[int, Tuple[int, int]]) -> Tuple[int, int]:

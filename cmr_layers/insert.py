@@ -98,7 +98,7 @@ def insert(
     takes the layers out again.
 
     The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2, which halves
-    what a trained network sees there. Pass ``gate_bias=4.`` to start a CME with gates of sigmoid(4) = 0.98.
+    what a trained network sees there. Pass ``gate_init=0.98`` to start a CME with open gates.
 
     Args:
         model: The network.
@@ -121,8 +121,9 @@ def insert(
 
     Example:
         >>> import timm
+        >>> from cmr_layers import CME, ClipModel
         >>> model = timm.create_model('mobilenetv3_small_050')
-        >>> print(insert(model, CME, at='blocks.*.0', where='before', gate_bias=4., num_frames=4))
+        >>> print(insert(model, CME, at='blocks.*.0', where='before', gate_init=0.98, num_frames=4))
         MobileNetV3: 6 CME for clips of 4 frames, 0.01M parameters added
           blocks.0.0.cme    16 channels, before blocks.0.0
           blocks.1.0.cme     8 channels, before blocks.1.0
@@ -165,6 +166,7 @@ def restore(model: nn.Module) -> nn.Module:
         ValueError: Nothing was inserted in this network.
 
     Example:
+        >>> from cmr_layers import SME
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
         >>> _ = insert(model, SME, at='1')
         >>> [name for name, _ in restore(model).named_parameters()]
@@ -193,11 +195,10 @@ def attach(
 ) -> Insertion:
     """Make layer a child of owner and route target's input or output through it; remember how to undo it on model."""
     kind = type(layer).__name__
-    base = kind.lower() if owner is target or at.startswith(f'{owner_name}.conv') else kind.lower()
-    name, n = base, 1
+    name, n = kind.lower(), 1
     while hasattr(owner, name):
         n += 1
-        name = f'{base}{n}'
+        name = f'{kind.lower()}{n}'
     layer.train(target.training)
     owner.add_module(name, layer)
     if where == 'before':

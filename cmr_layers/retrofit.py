@@ -43,8 +43,8 @@ def retrofit(
 
     - ``'identity'``: what it computed before, bit for bit, for stills and for clips. SME starts as the identity. A
       gate in (0, 1) cannot, so CME starts with every gate at exactly 1/2, and TIM, which follows it, with the single
-      tap 2; the product is exact. Where ``tim`` leaves a CME alone, it starts with gates of sigmoid(4) = 0.982
-      instead, and the residual branch sees 0.982 x.
+      tap 2; the product is exact. Where ``tim`` leaves a CME alone, its gates start at 0.98 instead, and the residual
+      branch sees 0.98 x.
     - ``'paper'``: the layers as they start alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
       and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2, one in eval mode does not:
       train before you look at predictions.
@@ -67,6 +67,7 @@ def retrofit(
 
     Example:
         >>> import timm, torch
+        >>> from cmr_layers import ClipModel
         >>> resnet = timm.create_model('resnet18').eval()
         >>> images = torch.randn(4, 3, 64, 64)
         >>> before = resnet(images)
@@ -99,8 +100,8 @@ def retrofit(
             kw = {'num_frames': num_frames, **like(block, model)}
             identity = start == 'identity'
             if has_cme:
-                gate_bias = None if not identity else 0. if has_tim else 4.
-                made = CME(calls[name].channels('before'), reduction=reduction, gate_bias=gate_bias, **kw)
+                gate_init = None if not identity else 0.5 if has_tim else 0.98
+                made = CME(calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
                 layers.append((made, at, entries[at], 'before', name, block))
             if has_tim:
                 init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)

@@ -64,6 +64,8 @@ class SME(ClipLayer):
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
+        if hasattr(self.bn, 'reset_parameters'):
+            self.bn.reset_parameters()
         self.zero_init_last()
 
     def zero_init_last(self) -> None:

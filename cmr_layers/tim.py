@@ -83,8 +83,9 @@ class TIM(ClipLayer):
             fold = 0 if self.init == 'identity' else self.channels // self.shift_div
             step = -1 if self.init == 'tsm_reversed' else 1
             nn.init.zeros_(self.weight)
-            self.weight[:fold, :, now + step] = 1.
-            self.weight[fold:2 * fold, :, now - step] = 1.
+            if fold > 0:
+                self.weight[:fold, :, now + step] = 1.
+                self.weight[fold:2 * fold, :, now - step] = 1.
             self.weight[2 * fold:, :, now] = 1.
         self.weight.mul_(self.gain)
 

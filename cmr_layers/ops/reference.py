@@ -45,8 +45,9 @@ def _cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor
     x = x.mean((3, 4), dtype=dtype)                                         # global average pooling: (B, T, C)
     z = F.linear(x, w1.to(dtype))                                           # (2)
     k = F.linear(x, w2.to(dtype))                                           # (3)
+    bound = (3e38 / k.shape[2]) ** 0.5
+    k = k.clamp(-bound, bound)                                              # no overflow in (4), so no NaN in (5)
     d = -torch.matmul(k, k.transpose(1, 2))                                 # (4): (B, T, T)
-    d = d.clamp(-3e38, 3e38)                                                # an overflow stays finite: no NaN in (5)
     z = z + torch.matmul(d.softmax(dim=2), z)                               # (5): softmax over j
     return F.linear(z, w3.to(dtype), None if b3 is None else b3.to(dtype)).sigmoid()    # (6)
 
@@ -83,7 +84,7 @@ def similarity(x: Tensor) -> Tensor:
     """Similarity of each frame with the next one, pixel by pixel, equation (7).
 
     The cosine is taken over the channels and accumulated in float32 (float64 for a float64 clip). A pixel whose
-    features are all zero has similarity 0. The last frame takes the map of the one before it (the paper's
+    features are all zero (norm below 1e-12) has similarity 0. The last frame takes the map of the one before it (the paper's
     s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1.
 
     Args:
@@ -96,8 +97,9 @@ def similarity(x: Tensor) -> Tensor:
     energy = (x * x).sum(2)
     if x.shape[1] == 1:
         return torch.ones_like(energy)
-    # replaced before the root, not after: the gradient of rsqrt at 0 is infinite, and 0 * inf is NaN
-    inverse_norm = torch.where(energy > 0, energy, torch.ones_like(energy)).rsqrt()
+    # Replaced before the root, not after: the gradient of rsqrt at 0 is infinite, and 0 * inf is NaN. Norms below
+    # 1e-12 count as zero, since that gradient, norm^-3, would overflow float32.
+    inverse_norm = torch.where(energy > 1e-24, energy, torch.ones_like(energy)).rsqrt()
     s = (x[:, :-1] * x[:, 1:]).sum(2) * inverse_norm[:, :-1] * inverse_norm[:, 1:]
     return torch.cat([s, s[:, -1:]], dim=1)
 

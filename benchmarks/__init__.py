@@ -1,0 +1,1 @@
+"""Studies whose results are committed under ``results/``; they are run by hand, not by the tests."""

@@ -1,0 +1,193 @@
+"""The variant that the authors released, and their checkpoints.
+
+The code published with the paper computes something else than its equations in five ways, all of them in CME:
+
+1. the projections W1 and W2 run on the full feature map and are pooled afterwards, not the other way round;
+2. a batch norm and a ReLU follow each of them;
+3. the softmax of equation (5) runs over t instead of j, so the columns of the weights sum to 1 and the rows do not;
+4. a batch norm and a ReLU come before the sigmoid of equation (6), so the gates lie in [0.5, 1);
+5. no projection has a bias, which the paper leaves open.
+
+Its SME follows the paper, with a bias in the convolution; its TIM is the depthwise convolution of :class:`TIM`. A
+checkpoint trained with that code only means something with this arithmetic. Everything else of the package is the
+paper's.
+"""
+import os
+import re
+from functools import partial
+from typing import Any, Dict, Mapping, Tuple, Union
+
+import timm
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from . import block, sme
+from .clip import ClipLayer, check_positive
+from .cmr_resnet import CMRResNet
+
+__all__ = ['CME', 'CMRBlock', 'load_released_checkpoint']
+
+
+def _projection(in_channels: int, out_channels: int, **dd: Any) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd), nn.BatchNorm2d(out_channels, **dd), nn.ReLU())
+
+
+@register_notrace_module
+class CME(ClipLayer):
+    """Channel-wise motion enhancement as released, see the five differences above.
+
+    Args:
+        channels: Channels C of the input.
+        num_frames: Frames T of a clip.
+        reduction: Values and keys have C / reduction channels; it has to divide C.
+
+    Shapes:
+        (B*T, C, H, W) or (B, T, C, H, W) to the same.
+
+    Raises:
+        ValueError: An argument is no positive int, or reduction does not divide channels; at call time, another
+            shape (see :class:`ClipLayer`).
+
+    Example:
+        >>> layer = CME(64, num_frames=8).eval()
+        >>> gates = layer.gate(torch.randn(16, 64, 14, 14))
+        >>> gates.shape, bool((gates >= 0.5).all())
+        (torch.Size([2, 8, 64]), True)
+    """
+
+    def __init__(
+            self,
+            channels: int,
+            num_frames: int = 8,
+            reduction: int = 8,
+            device: Any = None,
+            dtype: Any = None,
+    ) -> None:
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(channels, num_frames)
+        if channels % check_positive('reduction', reduction) != 0:
+            raise ValueError(f'reduction must divide channels={channels}, got {reduction}')
+        self.w1 = _projection(channels, channels // reduction, **dd)
+        self.w2 = _projection(channels, channels // reduction, **dd)
+        self.w3 = _projection(channels // reduction, channels, **dd)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Gates a in [0.5, 1): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C)."""
+        return self._gate(self._clips(x))
+
+    def _gate(self, x: Tensor) -> Tensor:
+        frames = x.flatten(0, 1)
+        z = self.w1(frames).mean((2, 3)).view(x.shape[0], x.shape[1], -1)
+        k = self.w2(frames).mean((2, 3)).view(x.shape[0], x.shape[1], -1)
+        d = -torch.matmul(k, k.transpose(1, 2))
+        z = z + torch.matmul(d.softmax(dim=1), z)
+        return self.w3(z.flatten(0, 1)[:, :, None, None]).sigmoid().view(x.shape[0], x.shape[1], -1)
+
+    def forward_clips(self, x: Tensor) -> Tensor:
+        return x * self._gate(x).to(x.dtype)[:, :, :, None, None]
+
+
+class CMRBlock(block.CMRBlock):
+    """The residual block as released: :class:`cmr_layers.CMRBlock` with this file's CME and a bias in SME."""
+    cme_layer = CME
+    sme_layer = partial(sme.SME, bias=True)
+
+
+_DEPTHS = {6: 50, 23: 101, 36: 152}  # by the blocks of layer3
+
+# Names in the file, without 'module.' and 'base_model.', and in the model.
+_RENAMES = (
+    (r'(layer\d\.\d+)\.net\.', r'\1.'),
+    (r'\.trans_att\.conv1_reduce_k\.', '.cme.w1.'),
+    (r'\.trans_att\.conv1_reduce_q\.', '.cme.w2.'),
+    (r'\.trans_att\.conv_inflate\.', '.cme.w3.'),
+    (r'\.shift_conv\.weight$', '.tim.weight'),
+    (r'\.spatial_att\.W\.0\.', '.sme.conv.'),
+    (r'\.spatial_att\.W\.1\.', '.sme.bn.'),
+    (r'^new_fc\.', 'fc.'),
+)
+
+
+def load_released_checkpoint(
+        path_or_dict: Union[str, 'os.PathLike[str]', Mapping[str, Any]],
+        num_frames: int = 8,
+) -> CMRResNet:
+    """Turn a checkpoint of the authors' code into a model that computes what theirs does.
+
+    Depth and number of classes are read from the file. The weights fit any ``num_frames``; the released file was
+    trained with 8.
+
+    Args:
+        path_or_dict: The file, or what is in it: {'model': state_dict, ...}, {'state_dict': state_dict, ...} or the
+            state dict itself. Files are loaded with ``weights_only=True``.
+        num_frames: Frames T of a clip.
+
+    Returns:
+        The model, in eval mode, with dropout 0.5 before the classifier for further training.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no checkpoint of a CMR ResNet-50, -101 or -152.
+        RuntimeError: Keys are missing, unexpected or of another shape; the message lists them.
+
+    Example:
+        >>> load_released_checkpoint('ckpt/sthv1_8f.pth.tar')  # doctest: +SKIP
+    """
+    if isinstance(path_or_dict, Mapping):
+        content: Any = path_or_dict
+    elif isinstance(path_or_dict, (str, os.PathLike)):
+        content = torch.load(path_or_dict, map_location='cpu', weights_only=True)
+    else:
+        raise ValueError(f'path_or_dict must be a path or a dict, got {type(path_or_dict).__name__}')
+    state_dict = _convert(_state_dict(content))
+
+    depth, num_classes = _architecture(state_dict)
+    model: CMRResNet = timm.create_model(
+        f'cmr_resnet{depth}', block=CMRBlock, num_classes=num_classes, num_frames=num_frames, drop_rate=0.5)
+    if depth > 50:
+        # n_round = 2: the authors, like TSM, leave every other block of the deep networks as it is
+        for name, plain in model.named_modules():
+            if isinstance(plain, CMRBlock) and int(name.rpartition('.')[2]) % 2:
+                plain.cme = plain.tim = nn.Identity()
+    model.load_state_dict(state_dict, strict=True)
+    return model.eval()
+
+
+def _state_dict(content: Any) -> Dict[str, Tensor]:
+    for key in ('model', 'state_dict'):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(
+            'path_or_dict must hold a state dict, bare or under \'model\' or \'state_dict\'; got '
+            f'{sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__}'
+        )
+    return dict(content)
+
+
+def _convert(released: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Rename the keys of the file to ours; TIM's taps lose the unit width that conv2d wants."""
+    converted = {}
+    for key, value in released.items():
+        name = re.sub(r'^(module\.)?(base_model\.)?', '', key)
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if name in converted:
+            raise ValueError(f'path_or_dict names the same parameter twice: {key!r} is {name!r}')
+        converted[name] = value.squeeze(3) if name.endswith('.tim.weight') and value.ndim == 4 else value
+    return converted
+
+
+def _architecture(state_dict: Mapping[str, Tensor]) -> Tuple[int, int]:
+    """Depth of the ResNet and number of classes."""
+    blocks = {key.split('.')[1] for key in state_dict if key.startswith('layer3.')}
+    if len(blocks) not in _DEPTHS or 'layer3.0.conv3.weight' not in state_dict or 'fc.weight' not in state_dict:
+        raise ValueError(
+            f'path_or_dict must be a checkpoint of the authors\' CMR ResNet-50, -101 or -152 (layer3 of '
+            f'{", ".join(map(str, _DEPTHS))} bottlenecks, and new_fc); got layer3 of {len(blocks)} blocks and keys '
+            f'such as {sorted(state_dict)[:4]}'
+        )
+    return _DEPTHS[len(blocks)], state_dict['fc.weight'].shape[0]

@@ -1,0 +1,255 @@
+"""The clip axis: clip_shape, Fold, Consensus, ClipModel, set_num_frames, temporal_keys, and their errors."""
+import copy
+import io
+
+import pytest
+import timm
+import torch
+from timm.models._features_fx import create_feature_extractor
+from torch import nn
+
+from cmr_layers import CME, SME, TIM, ClipModel, set_num_frames, temporal_keys
+from cmr_layers.clip import Consensus, Fold, check_choice, check_positive, clip_shape, unfold
+
+
+class Mean(nn.Module):
+    """A frame classifier that shows which frame is which: its logits are the channels' means."""
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(3, 8, 1), CME(8, 4), TIM(8, 4), SME(8, 4), Mean()).eval()
+
+
+@pytest.mark.parametrize('images, frames, want', [
+    (8, 8, (1, 8)), (16, 8, (2, 8)), (7, 8, (7, 1)), (1, 8, (1, 1)), (0, 8, (0, 1)), (5, 1, (5, 1)), (9, 3, (3, 3)),
+    (2, 2, (1, 2)), (1, 2, (1, 1)), (0, 1, (0, 1))])
+def test_clip_shape(images, frames, want):
+    assert clip_shape(images, frames) == want
+
+
+@pytest.mark.parametrize('images, frames', [(9, 8), (15, 8), (5, 2), (4, 3)])
+def test_error_clip_shape_wants_whole_clips(images, frames):
+    message = (
+        f'^x holds {images} frames, which is not a whole number of clips: with num_frames={frames} it must be a '
+        f'multiple of {frames}, or fewer than {frames} stills$')
+    with pytest.raises(ValueError, match=message):
+        clip_shape(images, frames)
+
+
+def test_unfold_keeps_the_frames_of_a_clip_together():
+    x = torch.arange(6)[:, None]
+    assert unfold(x, 3)[..., 0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert unfold(x[:2], 3)[..., 0].tolist() == [[0], [1]]
+    assert unfold(x, 3).data_ptr() == x.data_ptr()    # a view, no copy
+
+
+@pytest.mark.parametrize('value', [0, -1, 1.5, '8', None, True, torch.tensor(8)], ids=repr)
+def test_error_check_positive_shows_name_and_value(value):
+    with pytest.raises(ValueError, match='^thing must be a positive int, got ') as error:
+        check_positive('thing', value)
+    assert str(error.value).endswith(repr(value))
+
+
+def test_error_check_choice_shows_name_choices_and_value():
+    with pytest.raises(ValueError, match="^thing must be one of 'a', 'b', got 'c'$"):
+        check_choice('thing', 'c', ('a', 'b'))
+    assert check_choice('thing', 'b', ('a', 'b')) == 'b' and check_positive('thing', 3) == 3
+
+
+# Fold
+
+def test_fold_puts_the_frames_of_a_clip_next_to_each_other():
+    x = torch.randn(2, 4, 3, 5, 7)
+    y = Fold(4)(x)
+    assert y.shape == (8, 3, 5, 7)
+    assert all(torch.equal(y[4 * b + t], x[b, t]) for b in range(2) for t in range(4))
+
+
+@pytest.mark.parametrize('images', [0, 1, 3, 4, 8])
+def test_fold_passes_frames_through(images):
+    x = torch.randn(images, 3, 5, 7)
+    assert Fold(4)(x) is x
+
+
+def test_fold_of_an_empty_batch_of_clips():
+    assert Fold(4)(torch.zeros(0, 4, 3, 5, 7)).shape == (0, 3, 5, 7)
+
+
+def test_fold_has_no_state():
+    assert not Fold(4).state_dict() and not Consensus(4).state_dict()
+
+
+@pytest.mark.parametrize('shape', [(3,), (4, 3), (3, 5, 7), (1, 1, 4, 3, 5, 7)], ids=str)
+def test_error_fold_wants_clips_or_frames(shape):
+    got = ', '.join(map(str, shape))
+    message = rf'^x must be clips \(B, 4, C, H, W\) or frames \(B\*4, C, H, W\), got \[{got}\]$'
+    with pytest.raises(ValueError, match=message):
+        Fold(4)(torch.zeros(shape))
+
+
+def test_error_fold_names_both_numbers_of_frames():
+    with pytest.raises(ValueError, match=(
+            r'^x of shape \[2, 5, 3, 2, 2\] holds clips of 5 frames, but num_frames=4 is wanted: sample 4 frames, '
+            r'or call set_num_frames\(model, 5\)$')):
+        Fold(4)(torch.zeros(2, 5, 3, 2, 2))
+
+
+def test_error_fold_wants_whole_clips():
+    with pytest.raises(ValueError, match='^x holds 6 frames, which is not a whole number of clips: with num_frames=4'):
+        Fold(4)(torch.zeros(6, 3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    'make', [Fold, Consensus, lambda n: ClipModel(Mean(), n)], ids=['Fold', 'Consensus', 'ClipModel'])
+@pytest.mark.parametrize('value', [0, -1, 2.5, None, True], ids=repr)
+def test_error_num_frames_is_a_positive_int(make, value):
+    with pytest.raises(ValueError, match=f'^num_frames must be a positive int, got {value!r}$'):
+        make(value)
+
+
+# Consensus
+
+def test_consensus_is_the_mean_over_a_clips_frames():
+    x = torch.randn(8, 5)
+    torch.testing.assert_close(Consensus(4)(x), torch.stack([x[:4].mean(0), x[4:].mean(0)]))
+
+
+@pytest.mark.parametrize('shape', [(3, 5), (1, 5), (0, 5)], ids=str)
+def test_consensus_leaves_stills_alone(shape):
+    x = torch.randn(shape)
+    assert torch.equal(Consensus(4)(x), x)
+
+
+@pytest.mark.parametrize('shape', [(8, 5, 2, 2), (6, 5, 2, 2), (8, 5, 2)], ids=str)
+def test_consensus_leaves_feature_maps_alone(shape):
+    x = torch.randn(shape)
+    assert Consensus(4)(x) is x
+
+
+def test_error_consensus_of_half_a_clip():
+    with pytest.raises(ValueError, match='^x holds 6 frames, which is not a whole number of clips'):
+        Consensus(4)(torch.zeros(6, 5))
+
+
+# ClipModel
+
+def test_clip_model_averages_the_frames_of_each_clip():
+    model, x = ClipModel(Mean(), 4), torch.randn(2, 4, 3, 5, 7)
+    want = x.mean((1, 3, 4))
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(model(x.flatten(0, 1)), want)
+    assert model.num_frames == 4
+
+
+def test_clip_model_predicts_each_still():
+    x = torch.randn(3, 3, 5, 7)
+    torch.testing.assert_close(ClipModel(Mean(), 4)(x), x.mean((2, 3)))
+
+
+@pytest.mark.parametrize('ndim', [4, 5])
+def test_clip_model_of_an_empty_batch(ndim):
+    x = torch.zeros(0, 4, 3, 5, 7) if ndim == 5 else torch.zeros(0, 3, 5, 7)
+    assert ClipModel(net(), 4)(x).shape == (0, 8)
+
+
+def test_clip_model_around_a_timm_network():
+    model = timm.create_model('mobilenetv3_small_050', num_classes=5).eval()
+    x = torch.randn(2, 3, 3, 32, 32)
+    want = model(x.flatten(0, 1)).unflatten(0, (2, 3)).mean(1)
+    torch.testing.assert_close(ClipModel(model, 3)(x), want)
+
+
+def test_clip_model_has_the_models_parameters_and_no_more():
+    model = net()
+    wrapped = ClipModel(model, 4)
+    assert [f'model.{key}' for key in model.state_dict()] == list(wrapped.state_dict())
+    other = ClipModel(net(), 8)
+    other.load_state_dict(wrapped.state_dict(), strict=True)
+    x = torch.randn(8, 3, 2, 2)
+    assert torch.equal(set_num_frames(other, 4)(x), wrapped(x))
+
+
+def test_clip_model_copies_compiles_exports_and_scripts():
+    torch._dynamo.reset()
+    model, x = ClipModel(net(), 4), torch.randn(3, 4, 3, 5, 7)
+    want = model(x)
+    assert torch.equal(copy.deepcopy(model)(x), want)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), want)
+    shapes = ({0: torch.export.Dim('b', min=1, max=8)},)
+    program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
+    for batch in (1, 2, 3):
+        torch.testing.assert_close(program(x[:batch]), want[:batch])
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit')
+def test_clip_model_in_torchscript():
+    # without the wrapper's TypeError, which TorchScript can't check, the parts are scriptable
+    parts, x = nn.Sequential(Fold(4), net(), Consensus(4)), torch.randn(2, 4, 3, 5, 7)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.script(parts), file)
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), parts(x))
+
+
+def test_fx_sees_fold_and_consensus_as_one_node_each():
+    parts, x = nn.Sequential(Fold(4), net(), Consensus(4)), torch.randn(2, 4, 3, 5, 7)
+    extractor = create_feature_extractor(parts, {'2': 'y'})
+    targets = [n.target for n in extractor.graph.nodes if n.op == 'call_module']
+    assert targets == ['0', '1.0', '1.1', '1.2', '1.3', '2']
+    torch.testing.assert_close(extractor(x)['y'], parts(x))
+
+
+@pytest.mark.parametrize('output, got', [
+    (lambda x: x, r'\[8, 3, 2, 2\]'), (lambda x: x.mean(), r'\[\]'), (lambda x: x.mean((1, 2, 3)), r'\[8\]'),
+    (lambda x: (x, x), 'tuple'), (lambda x: {'logits': x}, 'dict'), (lambda x: None, 'NoneType')])
+def test_error_the_model_must_return_one_vector_per_frame(output, got):
+    class Model(nn.Module):
+        def forward(self, x):
+            return output(x)
+
+    message = rf'^model must return a tensor of shape \(B\*T, K\) for the frames of a clip, got {got}$'
+    with pytest.raises(TypeError, match=message):
+        ClipModel(Model(), 4)(torch.zeros(2, 4, 3, 2, 2))
+
+
+# set_num_frames and temporal_keys
+
+def test_set_num_frames_reaches_every_layer_and_returns_the_model():
+    model = ClipModel(net(), 4)
+    assert set_num_frames(model, 6) is model
+    found = {type(m).__name__: m.num_frames for m in model.modules() if hasattr(m, 'num_frames')}
+    assert found == {name: 6 for name in ('ClipModel', 'Fold', 'CME', 'TIM', 'SME', 'Consensus')}
+    assert model(torch.randn(2, 6, 3, 5, 7)).shape == (2, 8)
+    with pytest.raises(ValueError, match='num_frames=6'):
+        model(torch.randn(2, 4, 3, 5, 7))
+
+
+def test_set_num_frames_takes_a_single_layer():
+    layer = TIM(8, 4)
+    assert set_num_frames(layer, 2) is layer and layer.num_frames == 2
+
+
+@pytest.mark.parametrize('value', [0, -1, 2.5, '8', None, True], ids=repr)
+def test_error_set_num_frames_changes_nothing(value):
+    model = ClipModel(net(), 4)
+    with pytest.raises(ValueError, match=f'^num_frames must be a positive int, got {value!r}$'):
+        set_num_frames(model, value)
+    assert {m.num_frames for m in model.modules() if hasattr(m, 'num_frames')} == {4}
+
+
+def test_error_set_num_frames_without_a_temporal_layer():
+    message = r'^model \(Linear\) holds no layer with num_frames; wanted one with CME, SME or TIM in it$'
+    with pytest.raises(ValueError, match=message):
+        set_num_frames(nn.Linear(3, 3), 8)
+
+
+def test_temporal_keys_are_those_of_the_three_layers():
+    model = net()
+    assert temporal_keys(model) == {key for key in model.state_dict() if key.split('.')[0] in '123'}
+    assert temporal_keys(ClipModel(model, 4)) == {f'model.{key}' for key in temporal_keys(model)}
+    assert 'model.3.bn.running_mean' in temporal_keys(ClipModel(model, 4))
+    assert temporal_keys(TIM(8)) == {'weight'}
+    assert temporal_keys(nn.Conv2d(3, 8, 1)) == set()
