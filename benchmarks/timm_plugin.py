@@ -18,4 +18,4 @@ def _list_models_with_ours(filter: Any = '', module: Any = '', **kwargs: Any) ->
     return _list_models(filter, module, **kwargs)
 
 
-timm.list_models = _list_models_with_ours
+timm.list_models = _list_models_with_ours  # type: ignore[assignment]

@@ -4,12 +4,12 @@ Type A is CME, TIM and the block; type B is type A with SME. Which one a block i
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
-from typing import Any, Tuple, Union
+from typing import Any, Callable, Tuple, Union
 
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from .clip import check_choice
+from .clip import ClipLayer, check_choice
 from .cme import CME
 from .sme import SME
 from .tim import TIM
@@ -27,9 +27,9 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
 
 class _TemporalBlock(nn.Module):
     """What the two blocks share: making their temporal layers."""
-    cme_layer = CME
-    tim_layer = TIM
-    sme_layer = SME
+    cme_layer: Callable[..., ClipLayer] = CME
+    tim_layer: Callable[..., ClipLayer] = TIM
+    sme_layer: Callable[..., ClipLayer] = SME
 
     def _add_temporal(
             self,
@@ -93,10 +93,11 @@ class CMRBlock(_TemporalBlock, Bottleneck):
             dtype: Any = None,
             **kwargs: Any,
     ) -> None:
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(*args, **dd, **kwargs)  # type: ignore[misc]
         self._add_temporal(
             self.conv1.in_channels, self.conv3.out_channels, self.downsample is not None,
-            num_frames, cme, tim, sme, reduction, device, dtype)
+            num_frames, cme, tim, sme, reduction, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -112,7 +113,7 @@ class CMRBlock(_TemporalBlock, Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv3(x)
         x = self.bn3(x)
@@ -126,7 +127,9 @@ class CMRBlock(_TemporalBlock, Bottleneck):
         x += shortcut
         x = self.act3(x)
 
-        return self.sme(x)
+        x = self.sme(x)
+
+        return x
 
 
 class CMRBasicBlock(_TemporalBlock, BasicBlock):
@@ -157,10 +160,11 @@ class CMRBasicBlock(_TemporalBlock, BasicBlock):
             dtype: Any = None,
             **kwargs: Any,
     ) -> None:
-        super().__init__(*args, device=device, dtype=dtype, **kwargs)
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(*args, **dd, **kwargs)  # type: ignore[misc]
         self._add_temporal(
             self.conv1.in_channels, self.conv2.out_channels, self.downsample is not None,
-            num_frames, cme, tim, sme, reduction, device, dtype)
+            num_frames, cme, tim, sme, reduction, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -172,7 +176,7 @@ class CMRBasicBlock(_TemporalBlock, BasicBlock):
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
-        x = self.aa(x)
+        x = self.aa(x)  # type: ignore[misc]
 
         x = self.conv2(x)
         x = self.bn2(x)
@@ -186,4 +190,6 @@ class CMRBasicBlock(_TemporalBlock, BasicBlock):
         x += shortcut
         x = self.act2(x)
 
-        return self.sme(x)
+        x = self.sme(x)
+
+        return x

@@ -64,7 +64,8 @@ def unfold(x: Tensor, num_frames: int) -> Tensor:
     clips, frames = clip_shape(x.shape[0], num_frames)
     # The expand changes nothing but what a tracer knows: to it a split of N leaves N // (N // T) frames, not T, and
     # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end.
-    return x.unflatten(0, (clips, frames)).expand([clips, frames] + list(x.shape[1:]))
+    y: Tensor = x.unflatten(0, (clips, frames)).expand([clips, frames] + list(x.shape[1:]))
+    return y
 
 
 def _check_frames(x: Tensor, num_frames: int) -> None:

@@ -38,7 +38,8 @@ class CME(ClipLayer):
         (B*T, C, H, W) or (B, T, C, H, W) to the same.
 
     Raises:
-        ValueError: An argument is no positive int, or gate_init not in (0, 1); at call time, another shape (see :class:`ClipLayer`).
+        ValueError: An argument is no positive int, or gate_init is not in (0, 1); at call time, another shape (see
+            :class:`ClipLayer`).
 
     Example:
         >>> import torch

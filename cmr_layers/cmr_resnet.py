@@ -9,7 +9,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, U
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, get_pretrained_cfg, list_pretrained, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    list_pretrained,
+    register_model,
+)
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -38,7 +45,7 @@ class StageBlocks:
             name: 'all' if is_placed(name, where, self.built == 0) else 'none'
             for name, where in self.placements.items()}
         self.built += 1
-        return self.block(*args, **placed, **kwargs)
+        return self.block(*args, **kwargs, **placed)  # type: ignore[arg-type]
 
 
 class CMRResNet(ResNet):
@@ -91,8 +98,8 @@ class CMRResNet(ResNet):
             check_choice(name, where, PLACEMENTS)
         check_choice('consensus', consensus, ('logits', 'features'))
         super().__init__(
-            tuple(StageBlocks(block, **placements) for _ in layers),
-            layers,
+            tuple(StageBlocks(block, **placements) for _ in layers),  # type: ignore[arg-type]  # one for each stage
+            tuple(layers),
             block_args=dict(num_frames=num_frames, reduction=reduction, **(block_args or {})),
             **kwargs,
         )
@@ -110,7 +117,7 @@ class CMRResNet(ResNet):
         """Frames T of a clip; change it with :func:`cmr_layers.set_num_frames`."""
         return self.fold.num_frames
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
     def set_num_frames(self, num_frames: int) -> None:
         """Record T for ``save_for_hf``; :func:`cmr_layers.set_num_frames` sets it on the layers and here."""
         self._model_args = dict(getattr(self, '_model_args', {}), num_frames=num_frames)
@@ -131,10 +138,10 @@ class CMRResNet(ResNet):
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
         else:
-            x = self.layer1(x)
-            x = self.layer2(x)
-            x = self.layer3(x)
-            x = self.layer4(x)
+            x = self.layer1(x)  # type: ignore[operator]
+            x = self.layer2(x)  # type: ignore[operator]
+            x = self.layer3(x)  # type: ignore[operator]
+            x = self.layer4(x)  # type: ignore[operator]
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -204,11 +211,8 @@ _ARCHITECTURES: Dict[str, Dict[str, Any]] = {
 
 def _image_cfgs(name: str) -> Dict[str, Dict[str, Any]]:
     """timm's weights of the image network, under their tags: hub id, mean, std and all; timm's default comes first."""
-    default = get_pretrained_cfg(name)
-    tags = [default.tag, *(tagged.split('.', 1)[1] for tagged in list_pretrained(f'{name}.*'))]
-    return {
-        f'cmr_{name}.{tag}': {**get_pretrained_cfg(f'{name}.{tag}').to_dict(), 'architecture': f'cmr_{name}'}
-        for tag in dict.fromkeys(tags)}
+    cfgs = [get_pretrained_cfg(key) for key in (name, *list_pretrained(f'{name}.*'))]
+    return {f'cmr_{name}.{cfg.tag}': {**cfg.to_dict(), 'architecture': f'cmr_{name}'} for cfg in cfgs if cfg}
 
 
 default_cfgs = generate_default_cfgs({

@@ -58,7 +58,7 @@ class Report:
         kinds = [insertion.kind for insertion in self]
         counts = ', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))
         added = sum(insertion.num_parameters for insertion in self)
-        lines = [f'{self.model}: {counts} for clips of {self.num_frames} frames, {added / 1e6:.2f}M parameters added']
+        lines = [f'{self.model}: {counts} for clips of {self.num_frames} frames, {added:,} parameters added']
         width = max(len(insertion.name) for insertion in self)
         lines += [f'  {i.name:<{width}}  {i.channels:>4} channels, {i.where} {i.at}' for i in self]
         return '\n'.join(lines)
@@ -124,7 +124,7 @@ def insert(
         >>> from cmr_layers import CME, ClipModel
         >>> model = timm.create_model('mobilenetv3_small_050')
         >>> print(insert(model, CME, at='blocks.*.0', where='before', gate_init=0.98, num_frames=4))
-        MobileNetV3: 6 CME for clips of 4 frames, 0.01M parameters added
+        MobileNetV3: 6 CME for clips of 4 frames, 1,648 parameters added
           blocks.0.0.cme    16 channels, before blocks.0.0
           blocks.1.0.cme     8 channels, before blocks.1.0
           blocks.2.0.cme    16 channels, before blocks.2.0
@@ -289,8 +289,8 @@ def _zero_image(model: nn.Module) -> Tensor:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     config = getattr(model, 'config', None)
     in_channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    size = getattr(config, 'image_size', None) or 224
-    height, width = cfg['input_size'][1:] if 'input_size' in cfg else (size if isinstance(size, (tuple, list)) else (size, size))
+    size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return torch.zeros(1, in_channels, height, width, **like(model, model))
 
 
@@ -304,7 +304,8 @@ def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
         elif isinstance(pattern, str):
             matched = [name for name in names if _glob(name, pattern)]
         else:
-            raise TypeError(f'at must be a name, a pattern, a compiled regular expression or a list of these, got {pattern!r}')
+            raise TypeError(
+                f'at must be a name, a pattern, a compiled regular expression or a list of these, got {pattern!r}')
         if not matched:
             close = [name for name in names if name.count('.') == str(getattr(pattern, 'pattern', pattern)).count('.')]
             raise ValueError(
@@ -341,7 +342,7 @@ def _owner(model: nn.Module, name: str) -> Tuple[str, nn.Module]:
             return name, module
         if not name:
             raise ValueError(
-                f'at={name!r} of {type(model).__name__} has no module to hold the layer; wanted one inside an nn.Module '
-                f'that is no container'
+                f'model ({type(model).__name__}) is itself a container and has no module to hold the layer; wanted one '
+                f'inside an nn.Module that is no container'
             )
         name = name.rpartition('.')[0]

@@ -83,7 +83,8 @@ class CME(ClipLayer):
         k = self.w2(frames).mean((2, 3)).view(x.shape[0], x.shape[1], -1)
         d = -torch.matmul(k, k.transpose(1, 2))
         z = z + torch.matmul(d.softmax(dim=1), z)
-        return self.w3(z.flatten(0, 1)[:, :, None, None]).sigmoid().view(x.shape[0], x.shape[1], -1)
+        a: Tensor = self.w3(z.flatten(0, 1)[:, :, None, None]).sigmoid()
+        return a.view(x.shape[0], x.shape[1], -1)
 
     def forward_clips(self, x: Tensor) -> Tensor:
         return x * self._gate(x).to(x.dtype)[:, :, :, None, None]
@@ -144,7 +145,7 @@ def load_released_checkpoint(
     state_dict = _convert(_state_dict(content))
 
     depth, num_classes = _architecture(state_dict)
-    model: CMRResNet = timm.create_model(
+    model = timm.create_model(
         f'cmr_resnet{depth}', block=CMRBlock, num_classes=num_classes, num_frames=num_frames, drop_rate=0.5)
     if depth > 50:
         # n_round = 2: the authors, like TSM, leave every other block of the deep networks as it is
@@ -152,6 +153,7 @@ def load_released_checkpoint(
             if isinstance(plain, CMRBlock) and int(name.rpartition('.')[2]) % 2:
                 plain.cme = plain.tim = nn.Identity()
     model.load_state_dict(state_dict, strict=True)
+    assert isinstance(model, CMRResNet)
     return model.eval()
 
 
@@ -162,7 +164,7 @@ def _state_dict(content: Any) -> Dict[str, Tensor]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(
-            'path_or_dict must hold a state dict, bare or under \'model\' or \'state_dict\'; got '
+            "path_or_dict must hold a state dict, bare or under 'model' or 'state_dict'; got "
             f'{sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__}'
         )
     return dict(content)
@@ -186,7 +188,7 @@ def _architecture(state_dict: Mapping[str, Tensor]) -> Tuple[int, int]:
     blocks = {key.split('.')[1] for key in state_dict if key.startswith('layer3.')}
     if len(blocks) not in _DEPTHS or 'layer3.0.conv3.weight' not in state_dict or 'fc.weight' not in state_dict:
         raise ValueError(
-            f'path_or_dict must be a checkpoint of the authors\' CMR ResNet-50, -101 or -152 (layer3 of '
+            f'path_or_dict must be a checkpoint of the CMR ResNet-50, -101 or -152 as released (layer3 of '
             f'{", ".join(map(str, _DEPTHS))} bottlenecks, and new_fc); got layer3 of {len(blocks)} blocks and keys '
             f'such as {sorted(state_dict)[:4]}'
         )

@@ -101,7 +101,8 @@ def retrofit(
             identity = start == 'identity'
             if has_cme:
                 gate_init = None if not identity else 0.5 if has_tim else 0.98
-                made = CME(calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
+                made: ClipLayer = CME(
+                    calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
                 layers.append((made, at, entries[at], 'before', name, block))
             if has_tim:
                 init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)
@@ -110,7 +111,7 @@ def retrofit(
             if is_placed('sme', sme, opens_stage):
                 layers.append((SME(calls[name].channels('after'), **kw), name, block, 'after', name, block))
     if not layers:
-        raise ValueError(f'nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be \'none\'')
+        raise ValueError(f"nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be 'none'")
     return Report(f'{type(model).__name__} ({kin})', num_frames, [attach(model, *layer) for layer in layers])
 
 
@@ -134,11 +135,10 @@ def _layer_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
 def _encoder_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
     """transformers: encoder.stages, each with layers."""
     stages = getattr(getattr(host, 'encoder', None), 'stages', None)
-    if not isinstance(stages, nn.ModuleList) or not all(isinstance(getattr(s, 'layers', None), nn.Module) for s in stages):
-        return None
+    layers = [getattr(stage, 'layers', None) for stage in stages] if isinstance(stages, nn.ModuleList) else [None]
     return [
-        [(f'{prefix}encoder.stages.{i}.layers.{j}', block) for j, block in stage.layers.named_children()]
-        for i, stage in enumerate(stages)]
+        [(f'{prefix}encoder.stages.{i}.layers.{j}', block) for j, block in stage.named_children()]
+        for i, stage in enumerate(layers) if isinstance(stage, nn.Module)] or None
 
 
 # Layout, the child of a block that begins its residual branch, and how to list the stages.

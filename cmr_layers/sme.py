@@ -65,7 +65,7 @@ class SME(ClipLayer):
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
         if hasattr(self.bn, 'reset_parameters'):
-            self.bn.reset_parameters()
+            self.bn.reset_parameters()  # type: ignore[operator]
         self.zero_init_last()
 
     def zero_init_last(self) -> None:
@@ -79,4 +79,5 @@ class SME(ClipLayer):
 
     def forward_clips(self, x: Tensor) -> Tensor:
         frames = ops.motion(x).flatten(0, 1)
-        return self.bn(self.conv(frames)).view_as(x) + x                    # (8)
+        v: Tensor = self.bn(self.conv(frames)).view_as(x) + x               # (8)
+        return v

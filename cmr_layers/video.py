@@ -148,7 +148,7 @@ class ClipTransform:
 
         check_positive('size', size)
         # timm takes None for what is not given
-        config = resolve_data_config(  # type: ignore[no-untyped-call]
+        config = resolve_data_config(
             {'mean': mean, 'std': std}, model=model.model if isinstance(model, ClipModel) else model)
         self.size, self.mean, self.std = size, config['mean'], config['std']
         self._crop = v2.Compose([

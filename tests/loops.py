@@ -22,7 +22,7 @@ def _sigmoid(v):
 
 def cme_gate(x, w1, w2, w3, b3=None):
     """Equations (2)-(6): clip (B, T, C, H, W) to gates (B, T, C)."""
-    B, T, C, H, W = x.shape
+    _B, T, C, H, W = x.shape
     gates = []
     for clip in x.tolist():
         pooled = [

@@ -48,7 +48,7 @@ def test_unfold_keeps_the_frames_of_a_clip_together():
 
 @pytest.mark.parametrize('value', [0, -1, 1.5, '8', None, True, torch.tensor(8)], ids=repr)
 def test_error_check_positive_shows_name_and_value(value):
-    with pytest.raises(ValueError, match='^thing must be a positive int, got ') as error:
+    with pytest.raises(ValueError, match=r'^thing must be a positive int, got ') as error:
         check_positive('thing', value)
     assert str(error.value).endswith(repr(value))
 
@@ -98,7 +98,7 @@ def test_error_fold_names_both_numbers_of_frames():
 
 
 def test_error_fold_wants_whole_clips():
-    with pytest.raises(ValueError, match='^x holds 6 frames, which is not a whole number of clips: with num_frames=4'):
+    with pytest.raises(ValueError, match=r'^x holds 6 frames, which is not a whole number of clips: with num_frames=4'):
         Fold(4)(torch.zeros(6, 3, 2, 2))
 
 
@@ -130,7 +130,7 @@ def test_consensus_leaves_feature_maps_alone(shape):
 
 
 def test_error_consensus_of_half_a_clip():
-    with pytest.raises(ValueError, match='^x holds 6 frames, which is not a whole number of clips'):
+    with pytest.raises(ValueError, match=r'^x holds 6 frames, which is not a whole number of clips'):
         Consensus(4)(torch.zeros(6, 5))
 
 

@@ -1,5 +1,4 @@
 """CME alone: the module against the loops, its gates, its start and its errors."""
-import math
 
 import loops
 import pytest

@@ -457,5 +457,5 @@ def test_error_no_whole_number_of_clips(build, kind):
 
 
 def test_error_a_clip_layer_without_forward_clips():
-    with pytest.raises(RuntimeError, match='^a ClipLayer defines forward_clips$'):
+    with pytest.raises(RuntimeError, match=r'^a ClipLayer defines forward_clips$'):
         ClipLayer(8, 4)(torch.zeros(4, 8, 1, 1))

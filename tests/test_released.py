@@ -18,12 +18,13 @@ def batch_norm(x, sd, name):
 
 
 def conv_bn(x, sd, name, conv='0', bn='1', **kwargs):
-    return batch_norm(F.conv2d(x, sd[f'{name}.{conv}.weight'], sd.get(f'{name}.{conv}.bias'), **kwargs), sd, f'{name}.{bn}')
+    y = F.conv2d(x, sd[f'{name}.{conv}.weight'], sd.get(f'{name}.{conv}.bias'), **kwargs)
+    return batch_norm(y, sd, f'{name}.{bn}')
 
 
 def trans_att(x, sd, name, t):
     """CME: projections with BN and ReLU on the map, then the pooling; softmax over dim 1; gate sigma(ReLU(BN(.)))."""
-    n, c = x.shape[:2]
+    n, _c = x.shape[:2]
     query = F.relu(conv_bn(x, sd, f'{name}.conv1_reduce_q')).mean((2, 3)).reshape(n // t, t, -1)
     key = F.relu(conv_bn(x, sd, f'{name}.conv1_reduce_k')).mean((2, 3)).reshape(n // t, t, -1)
     fused = torch.empty_like(key)
@@ -104,7 +105,8 @@ def released_state_dict(layers=(3, 4, 6, 3), num_classes=174, n_round=1, dtype=t
             name = f'{base}.layer{stage}.{i}'
             converted = i % n_round == 0
             net = f'{name}.net' if converted else name
-            for j, (out, inp, size) in enumerate(((planes, inplanes, 1), (planes, planes, 3), (4 * planes, planes, 1)), 1):
+            convs = (planes, inplanes, 1), (planes, planes, 3), (4 * planes, planes, 1)
+            for j, (out, inp, size) in enumerate(convs, start=1):
                 conv(f'{net}.conv{j}', out, inp, size, size)
                 bn(f'{net}.bn{j}', out)
             if i == 0:
@@ -203,10 +205,11 @@ def test_weights_do_not_depend_on_the_number_of_frames(state_dict):
     assert all(torch.equal(eight[key], sixteen[key]) for key in eight)
 
 
-@pytest.mark.parametrize('drop', ['module.base_model.layer1.0.trans_att.conv_inflate.1.bias', 'module.base_model.bn1.weight'])
-def test_missing_key_is_an_error_that_lists_it(state_dict, drop):
+@pytest.mark.parametrize('drop, name', [
+    ('module.base_model.layer1.0.trans_att.conv_inflate.1.bias', 'layer1.0.cme.w3.1.bias'),
+    ('module.base_model.bn1.weight', 'bn1.weight')])
+def test_missing_key_is_an_error_that_lists_it(state_dict, drop, name):
     wrong = {key: value for key, value in state_dict.items() if key != drop}
-    name = {'bias': 'layer1.0.cme.w3.1.bias', 'weight': 'bn1.weight'}[drop.rpartition('.')[2]]
     with pytest.raises(RuntimeError, match=rf'Missing key.*{name}'):
         released.load_released_checkpoint(wrong)
 
@@ -229,8 +232,8 @@ def test_doubled_key_is_an_error(state_dict):
 
 
 def test_something_else_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r'CMR ResNet-50, -101 or -152.*got layer3 of 2 blocks'):
-        released.load_released_checkpoint({'layer3.0.conv1.weight': torch.zeros(1), 'layer3.1.conv1.weight': torch.zeros(1)})
+    with pytest.raises(ValueError, match=r'CMR ResNet-50, -101 or -152 as released.*got layer3 of 2 blocks'):
+        released.load_released_checkpoint({f'layer3.{i}.conv1.weight': torch.zeros(1) for i in range(2)})
     with pytest.raises(ValueError, match=r"must hold a state dict.*got \['epoch'\]"):
         released.load_released_checkpoint({'epoch': 3})
     with pytest.raises(ValueError, match=r'must be a path or a dict, got int'):

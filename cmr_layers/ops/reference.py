@@ -77,15 +77,16 @@ def tim(x: Tensor, weight: Tensor) -> Tensor:
     h, w = x.shape[3], x.shape[4]
     x = x.flatten(3).transpose(1, 2)
     x = F.conv2d(x, weight.unsqueeze(3), padding=(weight.shape[2] // 2, 0), groups=weight.shape[0])
-    return x.transpose(1, 2).unflatten(3, (h, w))
+    y: Tensor = x.transpose(1, 2).unflatten(3, (h, w))
+    return y
 
 
 def similarity(x: Tensor) -> Tensor:
     """Similarity of each frame with the next one, pixel by pixel, equation (7).
 
     The cosine is taken over the channels and accumulated in float32 (float64 for a float64 clip). A pixel whose
-    features are all zero (norm below 1e-12) has similarity 0. The last frame takes the map of the one before it (the paper's
-    s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1.
+    features are all zero (norm below 1e-12) has similarity 0. The last frame takes the map of the one before it (the
+    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1.
 
     Args:
         x: Clip, (B, T, C, H, W).
