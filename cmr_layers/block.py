@@ -26,30 +26,39 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
 
 
 class _TemporalBlock(nn.Module):
-    """What the two blocks share: making their temporal layers."""
+    """What the two blocks share: they are timm's block and have temporal layers besides."""
     cme_layer: Callable[..., ClipLayer] = CME
     tim_layer: Callable[..., ClipLayer] = TIM
     sme_layer: Callable[..., ClipLayer] = SME
 
-    def _add_temporal(
+    def __init__(
             self,
-            in_channels: int,
-            out_channels: int,
-            opens_stage: bool,
-            num_frames: int,
-            cme: str,
-            tim: str,
-            sme: str,
-            reduction: Union[int, Tuple[int, int]],
-            device: Any,
-            dtype: Any,
+            *args: Any,
+            num_frames: int = 8,
+            cme: str = 'all',
+            tim: str = 'all',
+            sme: str = 'first',
+            reduction: Union[int, Tuple[int, int]] = 8,
+            device: Any = None,
+            dtype: Any = None,
+            **kwargs: Any,
     ) -> None:
-        kw = {'num_frames': num_frames, 'device': device, 'dtype': dtype}
-        has_cme, has_tim, has_sme = (
-            is_placed(name, where, opens_stage) for name, where in (('cme', cme), ('tim', tim), ('sme', sme)))
-        self.cme: nn.Module = self.cme_layer(in_channels, reduction=reduction, **kw) if has_cme else nn.Identity()
-        self.tim: nn.Module = self.tim_layer(in_channels, **kw) if has_tim else nn.Identity()
-        self.sme: nn.Module = self.sme_layer(out_channels, **kw) if has_sme else nn.Identity()
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(*args, **dd, **kwargs)  # timm's block, which stands next in line
+        opens_stage = self.downsample is not None
+        in_channels: Any = self.conv1.in_channels  # type: ignore[union-attr]
+        out_channels: Any = getattr(self, 'conv3', self.conv2).out_channels  # type: ignore[union-attr]
+
+        dd['num_frames'] = num_frames
+        self.cme: nn.Module = nn.Identity()
+        self.tim: nn.Module = nn.Identity()
+        self.sme: nn.Module = nn.Identity()
+        if is_placed('cme', cme, opens_stage):
+            self.cme = self.cme_layer(in_channels, reduction=reduction, **dd)
+        if is_placed('tim', tim, opens_stage):
+            self.tim = self.tim_layer(in_channels, **dd)
+        if is_placed('sme', sme, opens_stage):
+            self.sme = self.sme_layer(out_channels, **dd)
 
 
 class CMRBlock(_TemporalBlock, Bottleneck):
@@ -80,24 +89,6 @@ class CMRBlock(_TemporalBlock, Bottleneck):
         >>> model.eval()(torch.randn(4, 3, 64, 64)).shape  # a plain timm ResNet has no consensus: one row per frame
         torch.Size([4, 1000])
     """
-
-    def __init__(
-            self,
-            *args: Any,
-            num_frames: int = 8,
-            cme: str = 'all',
-            tim: str = 'all',
-            sme: str = 'first',
-            reduction: Union[int, Tuple[int, int]] = 8,
-            device: Any = None,
-            dtype: Any = None,
-            **kwargs: Any,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(*args, **dd, **kwargs)  # type: ignore[misc]
-        self._add_temporal(
-            self.conv1.in_channels, self.conv3.out_channels, self.downsample is not None,
-            num_frames, cme, tim, sme, reduction, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
@@ -147,24 +138,6 @@ class CMRBasicBlock(_TemporalBlock, BasicBlock):
         >>> CMRBasicBlock(64, 64, num_frames=4)(torch.randn(8, 64, 14, 14)).shape
         torch.Size([8, 64, 14, 14])
     """
-
-    def __init__(
-            self,
-            *args: Any,
-            num_frames: int = 8,
-            cme: str = 'all',
-            tim: str = 'all',
-            sme: str = 'first',
-            reduction: Union[int, Tuple[int, int]] = 8,
-            device: Any = None,
-            dtype: Any = None,
-            **kwargs: Any,
-    ) -> None:
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(*args, **dd, **kwargs)  # type: ignore[misc]
-        self._add_temporal(
-            self.conv1.in_channels, self.conv2.out_channels, self.downsample is not None,
-            num_frames, cme, tim, sme, reduction, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x

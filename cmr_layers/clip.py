@@ -4,6 +4,7 @@ Inside a network every tensor is (B*T, C, H, W) with the frames of a clip next t
 needs the clip unfolds it for itself with the rule of :func:`clip_shape`. T is called ``num_frames`` throughout
 (TSM calls it n_segment, mmaction2 num_segments).
 """
+import operator
 from typing import Any, Set, Tuple
 
 import torch
@@ -17,10 +18,10 @@ __all__ = [
 
 
 def check_positive(name: str, value: Any) -> int:
-    """Return value if it is a positive int, or raise a ValueError that names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    """Return value as an int if it is a positive one, or raise a ValueError that names the argument."""
+    if isinstance(value, bool) or not hasattr(value, '__index__') or operator.index(value) < 1:
         raise ValueError(f'{name} must be a positive int, got {value!r}')
-    return value
+    return operator.index(value)
 
 
 def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
@@ -28,6 +29,12 @@ def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
     if value not in choices:
         raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}')
     return str(value)
+
+
+def check_module(name: str, value: Any) -> None:
+    """Raise a TypeError that names the argument if value is no module."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f'{name} must be an nn.Module, got {value!r}')
 
 
 def clip_shape(num_images: int, num_frames: int) -> Tuple[int, int]:
@@ -100,7 +107,7 @@ class ClipLayer(ClipModule):
 
     Raises:
         ValueError: An argument is no positive int; at call time, the input has another number of dimensions,
-            channels or frames.
+            channels or frames, or is not floating point.
     """
     channels: int
 
@@ -115,6 +122,8 @@ class ClipLayer(ClipModule):
                 f'x must have shape (B*T, {self.channels}, H, W) or (B, {self.num_frames}, {self.channels}, H, W), '
                 f'got {list(x.shape)}'
             )
+        if not x.is_floating_point():
+            raise ValueError(f'x must be a floating point tensor, got {x.dtype}')
         if x.ndim == 5:
             _check_frames(x, self.num_frames)
             return x
@@ -201,8 +210,9 @@ class ClipModel(nn.Module):
         (B, T, C, H, W), or (B*T, C, H, W) by the rule of :func:`clip_shape`, to (B, K).
 
     Raises:
-        ValueError: num_frames is no positive int or, at call time, not the clip's number of frames.
-        TypeError: At call time, model returned something that is not a tensor (B*T, K).
+        ValueError: num_frames is no positive int, or not that of the layers in the model; at call time, not the
+            clip's number of frames.
+        TypeError: model is no module; at call time, it returned something that is not a tensor (B*T, K).
 
     Example:
         >>> import timm
@@ -213,15 +223,28 @@ class ClipModel(nn.Module):
 
     def __init__(self, model: nn.Module, num_frames: int = 8) -> None:
         super().__init__()
+        check_module('model', model)
         self.fold = Fold(num_frames)
         self.model = model
         self.consensus = Consensus(num_frames)
+        self._check_layers()
 
     @property
     def num_frames(self) -> int:
         return self.fold.num_frames
 
+    def _check_layers(self) -> None:
+        """A layer with another T would mix the frames of different clips without a word."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, ClipModule) and module.num_frames != self.num_frames:
+                raise ValueError(
+                    f'num_frames={self.num_frames}, but {name or type(module).__name__} of the model has '
+                    f'num_frames={module.num_frames}; set_num_frames() sets both'
+                )
+
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():  # a compiled graph has the layers' T in it
+            self._check_layers()
         frames = self.model(self.fold(x))
         if not isinstance(frames, Tensor) or frames.ndim != 2:
             got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
@@ -242,6 +265,7 @@ def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:
 
     Raises:
         ValueError: num_frames is no positive int, or the model holds no layer that has one.
+        TypeError: model is no module.
 
     Example:
         >>> import timm, cmr_layers
@@ -250,6 +274,7 @@ def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:
         16
     """
     check_positive('num_frames', num_frames)
+    check_module('model', model)
     found = [m for m in model.modules() if callable(getattr(m, 'set_num_frames', None))]
     if not found:
         raise ValueError(

@@ -5,6 +5,7 @@ Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AA
 import math
 from typing import Any, Optional, Tuple, Union
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
@@ -63,29 +64,31 @@ class CME(ClipLayer):
         super().__init__(channels, num_frames)
         r1, r2 = _pair(reduction)
         self.reduction = (r1, r2)
-        if gate_init is not None and not 0 < gate_init < 1:
+        if gate_init is not None and not (isinstance(gate_init, (int, float)) and 0 < gate_init < 1):
             raise ValueError(f'gate_init must lie between 0 and 1, or be None, got {gate_init!r}')
         self.gate_init = gate_init
-        self.w1 = nn.Linear(channels, -(-channels // r1), bias=False, **dd)
-        self.w2 = nn.Linear(channels, -(-channels // r2), bias=False, **dd)
-        self.w3 = nn.Linear(-(-channels // r1), channels, bias=gate_init not in (None, 0.5), **dd)
+        c1, c2 = -(-channels // r1), -(-channels // r2)
+        self.w1 = nn.Parameter(torch.empty(c1, channels, **dd))
+        self.w2 = nn.Parameter(torch.empty(c2, channels, **dd))
+        self.w3 = nn.Parameter(torch.empty(channels, c1, **dd))
+        self.b3 = nn.Parameter(torch.empty(channels, **dd)) if gate_init not in (None, 0.5) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Start as described in the class docstring."""
         for w in (self.w1, self.w2, self.w3):
-            w.reset_parameters()
+            nn.init.kaiming_uniform_(w, a=math.sqrt(5))  # PyTorch's default: uniform in +-1/sqrt(fan_in)
         if self.gate_init is not None:
-            nn.init.zeros_(self.w3.weight)
-            if self.w3.bias is not None:
-                nn.init.constant_(self.w3.bias, math.log(self.gate_init / (1 - self.gate_init)))
+            nn.init.zeros_(self.w3)
+            if self.b3 is not None:
+                nn.init.constant_(self.b3, math.log(self.gate_init / (1 - self.gate_init)))
 
     def gate(self, x: Tensor) -> Tensor:
         """Gates a of equation (6): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C), in (0, 1), at least float32."""
-        return ops.cme_gate(self._clips(x), self.w1.weight, self.w2.weight, self.w3.weight, self.w3.bias)
+        return ops.cme_gate(self._clips(x), self.w1, self.w2, self.w3, self.b3)
 
     def forward_clips(self, x: Tensor) -> Tensor:
-        return ops.cme(x, self.w1.weight, self.w2.weight, self.w3.weight, self.w3.bias)
+        return ops.cme(x, self.w1, self.w2, self.w3, self.b3)
 
     def extra_repr(self) -> str:
         r1, r2 = self.reduction

@@ -21,7 +21,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
-from .clip import Consensus, Fold, check_choice, temporal_keys
+from .clip import ClipModule, Consensus, Fold, check_choice, temporal_keys
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
 
@@ -70,8 +70,10 @@ class CMRResNet(ResNet):
         (``forward_features``, ``forward_intermediates``, ``features_only``) are per frame, (B*T, C, H, W).
 
     Raises:
-        ValueError: A placement or consensus is none of its choices, num_frames or reduction is no positive int; at
-            call time, T is not num_frames or a folded batch holds no whole number of clips.
+        ValueError: A placement or consensus is none of its choices, num_frames or reduction is no positive int, or
+            block_args holds one of them; at call time, T is not num_frames or a folded batch holds no whole number
+            of clips.
+        TypeError: block is no CMR block, or an argument is unknown.
 
     Example:
         >>> import timm, torch, cmr_layers
@@ -97,6 +99,11 @@ class CMRResNet(ResNet):
         for name, where in placements.items():
             check_choice(name, where, PLACEMENTS)
         check_choice('consensus', consensus, ('logits', 'features'))
+        if not (isinstance(block, type) and issubclass(block, (CMRBlock, CMRBasicBlock))):
+            raise TypeError(f'block must be CMRBlock, CMRBasicBlock or made of one of them, got {block!r}')
+        taken = {'num_frames', 'reduction', *placements} & set(block_args or {})
+        if taken:
+            raise ValueError(f'block_args must not hold {sorted(taken)}: these are arguments of the model')
         super().__init__(
             tuple(StageBlocks(block, **placements) for _ in layers),  # type: ignore[arg-type]  # one for each stage
             tuple(layers),
@@ -119,7 +126,10 @@ class CMRResNet(ResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def set_num_frames(self, num_frames: int) -> None:
-        """Record T for ``save_for_hf``; :func:`cmr_layers.set_num_frames` sets it on the layers and here."""
+        """Set the clip length of all layers, like :func:`cmr_layers.set_num_frames`; record it for ``save_for_hf``."""
+        for module in self.modules():
+            if isinstance(module, ClipModule):
+                module.set_num_frames(num_frames)
         self._model_args = dict(getattr(self, '_model_args', {}), num_frames=num_frames)
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[

@@ -5,18 +5,18 @@ parameters train, move and save with the network, and a forward hook sends the t
 """
 import fnmatch
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
 
-from .clip import ClipLayer, check_choice, check_positive
+from .clip import ClipLayer, check_choice, check_module, check_positive
 
 __all__ = ['Insertion', 'Report', 'insert', 'restore']
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_RECORD = '_cmr_insertions'
 
 Names = Union[str, 're.Pattern[str]']
 
@@ -64,22 +64,40 @@ class Report:
         return '\n'.join(lines)
 
 
-class _Before:
-    """Forward pre-hook: the module's input goes through a layer first."""
+class _Hook:
+    """Sends a tensor through a layer that is a child of owner, or of the hooked module itself.
 
-    def __init__(self, owner: nn.Module, name: str) -> None:
-        # The layer is looked up at each call, so whatever takes its place (a folded form, say) is used.
-        self.owner, self.name = owner, name
+    The layer is looked up at each call, so whatever takes its place (a folded form, say) is used.
+    """
+
+    def __init__(self, name: str, owner: Optional[nn.Module]) -> None:
+        self.name, self.owner = name, owner
+
+    def holder(self, module: nn.Module) -> nn.Module:
+        return module if self.owner is None else self.owner
+
+    def layer(self, module: nn.Module) -> Any:
+        if self.owner is not None and getattr(module, '_is_replica', False):
+            raise RuntimeError('nn.DataParallel copies no hooks; use nn.parallel.DistributedDataParallel')
+        return getattr(self.holder(module), self.name)
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Hook':
+        # Of a network: the copy of the owner. Of the hooked module alone: the owner itself, not a hidden copy of it.
+        return type(self)(self.name, memo.get(id(self.owner), self.owner))
+
+
+class _Before(_Hook):
+    """Forward pre-hook: the module's input goes through the layer first."""
 
     def __call__(self, module: nn.Module, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        return (getattr(self.owner, self.name)(args[0]), *args[1:])
+        return (self.layer(module)(args[0]), *args[1:])
 
 
-class _After(_Before):
-    """Forward hook: the module's output goes through a layer."""
+class _After(_Hook):
+    """Forward hook: the module's output goes through the layer."""
 
-    def __call__(self, module: nn.Module, args: Tuple[Any, ...], output: Any = None) -> Any:
-        return getattr(self.owner, self.name)(output)
+    def __call__(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
+        return self.layer(module)(output)
 
 
 def insert(
@@ -96,6 +114,10 @@ def insert(
     The channels are found by one forward pass of a zero image in eval mode, without gradients. Afterwards the
     network takes frames (B*T, C, H, W) as before; wrap it in :class:`ClipModel` to feed it clips. :func:`restore`
     takes the layers out again.
+
+    The layer hangs on the module by a forward hook: it is copied, saved, compiled and exported with it, but TorchScript
+    knows no such hooks, and what replaces the module (SyncBatchNorm's conversion, freezing, fusing) drops it. Do that
+    first, then insert, then compile; prefer a block, a convolution or an activation to a batch norm.
 
     The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2, which halves
     what a trained network sees there. Pass ``gate_init=0.98`` to start a CME with open gates.
@@ -117,7 +139,7 @@ def insert(
     Raises:
         ValueError: A name or pattern matches nothing; where is neither of the two; a module does not run, or has no
             tensor (N, C, H, W) there; a layer argument is out of its range.
-        TypeError: layer is not callable, or ``example_input`` is no tensor.
+        TypeError: model is no module or a compiled one, layer is no class of a layer, or example_input is no tensor.
 
     Example:
         >>> import timm
@@ -136,34 +158,38 @@ def insert(
     """
     if not callable(layer) or isinstance(layer, nn.Module):
         raise TypeError(f'layer must be a class such as CME (it is built once per place), got {layer!r}')
+    check_network(model)
     check_choice('where', where, ('before', 'after'))
     check_positive('num_frames', num_frames)
     targets = dict(_resolve(model, name, where) for name in _match(model, at))
-    calls = probe(model, targets, example_input)
+    with _spies(model, targets) as spies:
+        calls = probe(model, targets, example_input)
     built = []
     for name, target in targets.items():
         channels = calls[name].channels(where)
-        owner_name, owner = _owner(model, name)
+        owner_name = _owner(model, name, spies)
+        owner = model.get_submodule(owner_name)
         made = layer(channels, num_frames=num_frames, **like(target, model), **layer_kwargs)
         if not isinstance(made, ClipLayer):
             raise TypeError(f'layer must make a CME, SME or TIM, got {type(made).__name__}')
         built.append((name, target, owner_name, owner, made))
     # nothing is touched before all layers could be made
     return Report(type(model).__name__, num_frames, [
-        attach(model, made, name, target, where, owner_name, owner) for name, target, owner_name, owner, made in built])
+        attach(made, name, target, where, owner_name, owner) for name, target, owner_name, owner, made in built])
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Take out all that :func:`insert` and :func:`retrofit` put in: the original network, bit for bit.
 
     Args:
-        model: The network that was passed to them.
+        model: The network that was passed to them, a copy of it, or any module with such layers in it.
 
     Returns:
-        The same network.
+        The same module.
 
     Raises:
-        ValueError: Nothing was inserted in this network.
+        ValueError: Nothing was inserted in it.
+        TypeError: model is no module.
 
     Example:
         >>> from cmr_layers import SME
@@ -172,28 +198,21 @@ def restore(model: nn.Module) -> nn.Module:
         >>> [name for name, _ in restore(model).named_parameters()]
         ['0.weight', '0.bias']
     """
-    if not hasattr(model, _RECORD):
-        raise ValueError(
-            f'model ({type(model).__name__}) holds nothing to take out: it must be the network that was passed to '
-            f'insert() or retrofit()'
-        )
-    for owner, name, handle in getattr(model, _RECORD):
-        handle.remove()
-        delattr(owner, name)
-    delattr(model, _RECORD)
+    check_module('model', model)
+    hooks: List[Tuple[Any, int, Any, nn.Module]] = [
+        (registered, key, hook, module) for module in model.modules()
+        for registered in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in registered.items() if isinstance(hook, _Hook)]
+    if not hooks:
+        raise ValueError(f'model ({type(model).__name__}) holds nothing that insert() or retrofit() put in')
+    for registered, key, hook, module in hooks:
+        del registered[key]
+        delattr(hook.holder(module), hook.name)
     return model
 
 
-def attach(
-        model: nn.Module,
-        layer: ClipLayer,
-        at: str,
-        target: nn.Module,
-        where: str,
-        owner_name: str,
-        owner: nn.Module,
-) -> Insertion:
-    """Make layer a child of owner and route target's input or output through it; remember how to undo it on model."""
+def attach(layer: ClipLayer, at: str, target: nn.Module, where: str, owner_name: str, owner: nn.Module) -> Insertion:
+    """Make layer a child of owner and send target's input or output through it."""
     kind = type(layer).__name__
     name, n = kind.lower(), 1
     while hasattr(owner, name):
@@ -201,13 +220,11 @@ def attach(
         name = f'{kind.lower()}{n}'
     layer.train(target.training)
     owner.add_module(name, layer)
+    elsewhere = None if owner is target else owner
     if where == 'before':
-        handle = target.register_forward_pre_hook(_Before(owner, name))
+        target.register_forward_pre_hook(_Before(name, elsewhere))
     else:
-        handle = target.register_forward_hook(_After(owner, name))
-    if not hasattr(model, _RECORD):
-        setattr(model, _RECORD, [])
-    getattr(model, _RECORD).append((owner, name, handle))
+        target.register_forward_hook(_After(name, elsewhere))
     return Insertion(
         kind, f'{owner_name}.{name}' if owner_name else name, where, at, layer.channels,
         sum(p.numel() for p in layer.parameters()))
@@ -220,6 +237,13 @@ def like(module: nn.Module, model: nn.Module) -> Dict[str, Any]:
             if p.is_floating_point():
                 return {'device': p.device, 'dtype': p.dtype}
     return {'device': None, 'dtype': None}
+
+
+def check_network(model: Any) -> None:
+    """Raise a TypeError if layers can't be put in model: a compiled graph would not know of them."""
+    check_module('model', model)
+    if hasattr(model, '_orig_mod'):
+        raise TypeError('model must be the network itself, got what torch.compile made of it; compile it afterwards')
 
 
 class Call:
@@ -242,9 +266,14 @@ class Call:
         if not self.passes:
             raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
         found = {
-            tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            tuple(x.shape) if isinstance(x, Tensor) else 'not positional' if x is None else type(x).__name__
             for x in (call[where == 'after'] for call in self.passes)}
         shapes = [shape for shape in found if isinstance(shape, tuple) and len(shape) == 4 and shape[0] == 1]
+        if any(height == width != channels for _, height, width, channels in shapes):
+            raise ValueError(
+                f'the {side} of at={self.name!r} looks like (N, H, W, C): for one square image it is {shapes[0]}; '
+                f'wanted (N, C, H, W)'
+            )
         channels = {shape[1] for shape in shapes}
         if len(shapes) != len(found) or len(channels) != 1:
             raise ValueError(
@@ -284,14 +313,20 @@ def probe(
     return calls
 
 
+def in_channels(model: nn.Module) -> int:
+    """Channels of the network's images: as it declares (timm's or transformers' way), or its first convolution's."""
+    declared = getattr(model, 'in_chans', None) or getattr(getattr(model, 'config', None), 'num_channels', None)
+    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+    return declared if isinstance(declared, int) else first
+
+
 def _zero_image(model: nn.Module) -> Tensor:
     """One image of the size the network declares (timm's or transformers' way), or 224x224."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     config = getattr(model, 'config', None)
-    in_channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return torch.zeros(1, in_channels, height, width, **like(model, model))
+    return torch.zeros(1, in_channels(model), height, width, **like(model, model))
 
 
 def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
@@ -313,6 +348,8 @@ def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
                 f'{", ".join(close[:8] or names[:8])}, ...'
             )
         selected.update(matched)
+    if not selected:
+        raise ValueError(f'at must name at least one module, got {at!r}')
     return [name for name in names if name in selected]
 
 
@@ -334,15 +371,41 @@ def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
     return name, module
 
 
-def _owner(model: nn.Module, name: str) -> Tuple[str, nn.Module]:
-    """The module that holds the layer: the target, or its nearest parent that does not run all its children."""
-    while True:
-        module = model.get_submodule(name)
-        if not isinstance(module, _CONTAINERS):
-            return name, module
-        if not name:
-            raise ValueError(
-                f'model ({type(model).__name__}) is itself a container and has no module to hold the layer; wanted one '
-                f'inside an nn.Module that is no container'
-            )
-        name = name.rpartition('.')[0]
+class _Spy(nn.Identity):
+    """A child that nobody calls by name: if it runs, its parent runs all its children and can't hold a layer."""
+    ran = False
+
+    def forward(self, x: Any) -> Any:
+        self.ran = True
+        return x
+
+
+@contextmanager
+def _spies(model: nn.Module, names: Iterable[str]) -> Iterator[Dict[str, _Spy]]:
+    """A spy in each of the modules and all above them, for the time of a forward pass; containers run all anyway."""
+    paths = {name: None for path in names for name in _upwards(path)}
+    spies = {name: _Spy() for name in paths if not isinstance(model.get_submodule(name), _CONTAINERS)}
+    try:
+        for name, spy in spies.items():
+            model.get_submodule(name).add_module('_cmr_spy', spy)
+        yield spies
+    finally:
+        for name in spies:
+            del model.get_submodule(name)._modules['_cmr_spy']
+
+
+def _upwards(name: str) -> List[str]:
+    """The names of a module and of all above it, up to the model, ''."""
+    parts = name.split('.')
+    return ['.'.join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _owner(model: nn.Module, at: str, spies: Dict[str, _Spy]) -> str:
+    """Name of the module that holds the layer: the target, or the nearest above that does not run all its children."""
+    for name in _upwards(at):
+        if name in spies and not spies[name].ran:
+            return name
+    raise ValueError(
+        f'model ({type(model).__name__}) runs all its children one by one and has no module to hold the layer at '
+        f'{at!r}; wrap it in an nn.Module that calls it'
+    )

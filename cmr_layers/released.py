@@ -14,24 +14,37 @@ paper's.
 """
 import os
 import re
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Dict, Mapping, Tuple, Union
 
 import timm
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from . import block, sme
 from .clip import ClipLayer, check_positive
 from .cmr_resnet import CMRResNet
 
-__all__ = ['CME', 'CMRBlock', 'load_released_checkpoint']
+__all__ = ['CME', 'CMRBlock', 'ReleasedCMRResNet', 'load_released_checkpoint']
 
 
 def _projection(in_channels: int, out_channels: int, **dd: Any) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd), nn.BatchNorm2d(out_channels, **dd), nn.ReLU())
+
+
+def _fuse(z: Tensor, k: Tensor) -> Tensor:
+    """Equations (4) and (5) with the softmax over t, in float32 at least: dot products overflow half precision."""
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    autocast = not z.is_meta and torch.is_autocast_enabled(z.device.type)
+    with torch.autocast(z.device.type, enabled=False) if autocast else nullcontext():
+        values, keys = z.to(dtype), k.to(dtype)
+        d = -torch.matmul(keys, keys.transpose(1, 2))
+        return (values + torch.matmul(d.softmax(dim=1), values)).to(z.dtype)
 
 
 @register_notrace_module
@@ -81,8 +94,7 @@ class CME(ClipLayer):
         frames = x.flatten(0, 1)
         z = self.w1(frames).mean((2, 3)).view(x.shape[0], x.shape[1], -1)
         k = self.w2(frames).mean((2, 3)).view(x.shape[0], x.shape[1], -1)
-        d = -torch.matmul(k, k.transpose(1, 2))
-        z = z + torch.matmul(d.softmax(dim=1), z)
+        z = _fuse(z, k)
         a: Tensor = self.w3(z.flatten(0, 1)[:, :, None, None]).sigmoid()
         return a.view(x.shape[0], x.shape[1], -1)
 
@@ -96,7 +108,56 @@ class CMRBlock(block.CMRBlock):
     sme_layer = partial(sme.SME, bias=True)
 
 
-_DEPTHS = {6: 50, 23: 101, 36: 152}  # by the blocks of layer3
+class ReleasedCMRResNet(CMRResNet):
+    """The network as released: CMR blocks of this file, in the deep networks only every other one of a stage.
+
+    Args:
+        layers: Blocks of each stage. With 23 or more in the third, TIM and CME go into the blocks 0, 2, 4, ... of
+            each stage (TSM's n_round = 2).
+        **kwargs: As :class:`CMRResNet`. The authors train with drop_rate=0.5.
+    """
+
+    def __init__(self, layers: Tuple[int, ...], **kwargs: Any) -> None:
+        super().__init__(CMRBlock, layers, **kwargs)
+        if layers[2] >= 23:
+            for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+                for i, plain in stage.named_children():  # type: ignore[union-attr]
+                    if int(i) % 2:
+                        plain.cme = plain.tim = nn.Identity()
+
+
+_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+default_cfgs = generate_default_cfgs({
+    f'released_cmr_resnet{depth}': dict(
+        input_size=(3, 224, 224), pool_size=(7, 7), num_classes=174, crop_pct=0.875, interpolation='bilinear',
+        mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD, first_conv='conv1', classifier='fc')
+    for depth in _LAYERS})
+
+
+def _create(depth: int, pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
+    model: ReleasedCMRResNet = build_model_with_cfg(
+        ReleasedCMRResNet, f'released_cmr_resnet{depth}', pretrained, layers=_LAYERS[depth], **kwargs)
+    return model
+
+
+@register_model
+def released_cmr_resnet50(pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
+    """The ResNet-50 as released, for timm; weights come from :func:`load_released_checkpoint`."""
+    return _create(50, pretrained, **kwargs)
+
+
+@register_model
+def released_cmr_resnet101(pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
+    """The ResNet-101 as released, for timm; weights come from :func:`load_released_checkpoint`."""
+    return _create(101, pretrained, **kwargs)
+
+
+@register_model
+def released_cmr_resnet152(pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
+    """The ResNet-152 as released, for timm; weights come from :func:`load_released_checkpoint`."""
+    return _create(152, pretrained, **kwargs)
+
 
 # Names in the file, without 'module.' and 'base_model.', and in the model.
 _RENAMES = (
@@ -114,7 +175,7 @@ _RENAMES = (
 def load_released_checkpoint(
         path_or_dict: Union[str, 'os.PathLike[str]', Mapping[str, Any]],
         num_frames: int = 8,
-) -> CMRResNet:
+) -> ReleasedCMRResNet:
     """Turn a checkpoint of the authors' code into a model that computes what theirs does.
 
     Depth and number of classes are read from the file. The weights fit any ``num_frames``; the released file was
@@ -126,10 +187,12 @@ def load_released_checkpoint(
         num_frames: Frames T of a clip.
 
     Returns:
-        The model, in eval mode, with dropout 0.5 before the classifier for further training.
+        The model, in eval mode, with dropout 0.5 before the classifier for further training. timm can save it and,
+        once this module is imported, load it again.
 
     Raises:
         FileNotFoundError: There is no such file.
+        pickle.UnpicklingError: The file holds more than weights.
         ValueError: It is no checkpoint of a CMR ResNet-50, -101 or -152.
         RuntimeError: Keys are missing, unexpected or of another shape; the message lists them.
 
@@ -145,15 +208,10 @@ def load_released_checkpoint(
     state_dict = _convert(_state_dict(content))
 
     depth, num_classes = _architecture(state_dict)
-    model = timm.create_model(
-        f'cmr_resnet{depth}', block=CMRBlock, num_classes=num_classes, num_frames=num_frames, drop_rate=0.5)
-    if depth > 50:
-        # n_round = 2: the authors, like TSM, leave every other block of the deep networks as it is
-        for name, plain in model.named_modules():
-            if isinstance(plain, CMRBlock) and int(name.rpartition('.')[2]) % 2:
-                plain.cme = plain.tim = nn.Identity()
+    model = timm.create_model(  # not _create(): timm records the arguments, for save_for_hf
+        f'released_cmr_resnet{depth}', num_classes=num_classes, num_frames=num_frames, drop_rate=0.5)
+    assert isinstance(model, ReleasedCMRResNet)
     model.load_state_dict(state_dict, strict=True)
-    assert isinstance(model, CMRResNet)
     return model.eval()
 
 
@@ -186,10 +244,11 @@ def _convert(released: Mapping[str, Tensor]) -> Dict[str, Tensor]:
 def _architecture(state_dict: Mapping[str, Tensor]) -> Tuple[int, int]:
     """Depth of the ResNet and number of classes."""
     blocks = {key.split('.')[1] for key in state_dict if key.startswith('layer3.')}
-    if len(blocks) not in _DEPTHS or 'layer3.0.conv3.weight' not in state_dict or 'fc.weight' not in state_dict:
+    depths = {layers[2]: depth for depth, layers in _LAYERS.items()}
+    if len(blocks) not in depths or 'layer3.0.conv3.weight' not in state_dict or 'fc.weight' not in state_dict:
         raise ValueError(
             f'path_or_dict must be a checkpoint of the CMR ResNet-50, -101 or -152 as released (layer3 of '
-            f'{", ".join(map(str, _DEPTHS))} bottlenecks, and new_fc); got layer3 of {len(blocks)} blocks and keys '
+            f'{", ".join(map(str, depths))} bottlenecks, and new_fc); got layer3 of {len(blocks)} blocks and keys '
             f'such as {sorted(state_dict)[:4]}'
         )
-    return _DEPTHS[len(blocks)], state_dict['fc.weight'].shape[0]
+    return depths[len(blocks)], state_dict['fc.weight'].shape[0]

@@ -8,12 +8,12 @@ Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AA
 from typing import Dict, List, Optional, Tuple, Union
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .block import is_placed
+from .block import CMRBasicBlock, CMRBlock, is_placed
 from .clip import ClipLayer, check_choice, check_positive
 from .cme import CME
-from .insert import Report, attach, like, probe
+from .insert import Report, attach, check_network, in_channels, like, probe
 from .sme import SME
 from .tim import TIM
 
@@ -31,20 +31,22 @@ def retrofit(
         sme: str = 'first',
         reduction: Union[int, Tuple[int, int]] = 8,
         start: str = 'identity',
+        example_input: Optional[Tensor] = None,
 ) -> Report:
     """Put CME and TIM in front of the residual branches of a ResNet, and SME at the end of its blocks, in place.
 
     The network keeps its class, its parameters and their names; the layers are children ``cme``, ``tim`` and ``sme``
     of each block, as in the ``cmr_resnet`` family, so state dicts of a retrofitted timm ResNet and of its cousin in
-    the family fit each other. It still maps frames (B*T, C, H, W) to one output each: wrap it in
-    :class:`ClipModel` to feed it clips (B, T, C, H, W). :func:`restore` gives the original network back.
+    the family fit each other, but for a bias that a CME without a TIM has. It still maps frames (B*T, C, H, W) to one
+    output each: wrap it in :class:`ClipModel` to feed it clips (B, T, C, H, W). :func:`restore` gives the original
+    network back. Compile it after, not before; TorchScript does not know the hooks that hold the layers.
 
     What the network computes before it is trained depends on ``start``:
 
-    - ``'identity'``: what it computed before, bit for bit, for stills and for clips. SME starts as the identity. A
-      gate in (0, 1) cannot, so CME starts with every gate at exactly 1/2, and TIM, which follows it, with the single
-      tap 2; the product is exact. Where ``tim`` leaves a CME alone, its gates start at 0.98 instead, and the residual
-      branch sees 0.98 x.
+    - ``'identity'``: what it computed before, bit for bit, for stills and for clips, if every CME has a TIM behind it.
+      SME starts as the identity. A gate in (0, 1) cannot, so CME starts with every gate at exactly 1/2 and TIM with
+      the single tap 2; the product is exact. Where ``tim`` leaves a CME alone, its gates start at 0.98 instead: the
+      residual branch sees 0.98 x, and the network computes nearly what it did.
     - ``'paper'``: the layers as they start alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
       and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2, one in eval mode does not:
       train before you look at predictions.
@@ -57,6 +59,8 @@ def retrofit(
         sme: Likewise for SME.
         reduction: CME's reduction, r1 = r2 or (r1, r2).
         start: 'identity' or 'paper', see above.
+        example_input: Input to find the channels with, if not a zero image (1, C, 64, 64) of the first
+            convolution's C.
 
     Returns:
         What was inserted where.
@@ -64,6 +68,7 @@ def retrofit(
     Raises:
         ValueError: The model is no ResNet of a known layout, or holds several; it already has temporal layers; all
             placements are 'none'; an argument is none of its choices.
+        TypeError: model is no module or a compiled one, or example_input is no tensor.
 
     Example:
         >>> import timm, torch
@@ -77,13 +82,14 @@ def retrofit(
         >>> ClipModel(resnet, num_frames=4)(images[None]).shape
         torch.Size([1, 1000])
     """
+    check_network(model)
     check_positive('num_frames', num_frames)
     check_choice('start', start, ('identity', 'paper'))
     _check_untouched(model)
     kin, entry, stages = _find_stages(model)
     blocks = {name: block for stage in stages for name, block in stage}
     entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
-    calls = probe(model, {**blocks, **entries}, _small_image(model))
+    calls = probe(model, {**blocks, **entries}, _small_image(model) if example_input is None else example_input)
 
     layers: List[Tuple[ClipLayer, str, nn.Module, str, str, nn.Module]] = []
     for stage in stages:
@@ -112,10 +118,15 @@ def retrofit(
                 layers.append((SME(calls[name].channels('after'), **kw), name, block, 'after', name, block))
     if not layers:
         raise ValueError(f"nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be 'none'")
-    return Report(f'{type(model).__name__} ({kin})', num_frames, [attach(model, *layer) for layer in layers])
+    return Report(f'{type(model).__name__} ({kin})', num_frames, [attach(*layer) for layer in layers])
 
 
 def _check_untouched(model: nn.Module) -> None:
+    if any(isinstance(module, (CMRBlock, CMRBasicBlock)) for module in model.modules()):
+        raise ValueError(
+            f'model ({type(model).__name__}) is made of CMR blocks already; choose its layers with cme=, tim= and sme= '
+            f'when you build it'
+        )
     found = [name for name, module in model.named_modules() if isinstance(module, ClipLayer)]
     if found:
         raise ValueError(
@@ -165,7 +176,6 @@ def _find_stages(model: nn.Module) -> Tuple[str, str, Stages]:
     return next(iter(found.values()))
 
 
-def _small_image(model: nn.Module) -> torch.Tensor:
+def _small_image(model: nn.Module) -> Tensor:
     """A ResNet shows its channels on any image, so one that costs little."""
-    in_channels = next(m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d))
-    return torch.zeros(1, in_channels, 64, 64, **like(model, model))
+    return torch.zeros(1, in_channels(model), 64, 64, **like(model, model))

@@ -69,6 +69,8 @@ class TIM(ClipLayer):
             raise ValueError(
                 f'init={init!r} needs shift_div >= 2 and kernel_size >= 3, got {shift_div} and {kernel_size}'
             )
+        if isinstance(gain, bool) or not isinstance(gain, (int, float)):
+            raise ValueError(f'gain must be a number, got {gain!r}')
         self.gain = gain
         self.weight = nn.Parameter(torch.empty(channels, 1, kernel_size, device=device, dtype=dtype))
         self.reset_parameters()

@@ -201,7 +201,7 @@ def lite0(num_frames: int) -> Optional[Network]:
     for layer in model.modules():
         if isinstance(layer, cmr_layers.CME):
             # gate_init starts all gates alike; a little noise lets them be told apart
-            nn.init.normal_(layer.w3.weight, std=.03)
+            nn.init.normal_(layer.w3, std=.03)
     return Network(
         'EfficientNet-Lite0 with CME and SME', cmr_layers.ClipModel(model, num_frames=num_frames),
         ClipTransform(model, mean=[127 / 255] * 3, std=[128 / 255] * 3), True,

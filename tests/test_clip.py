@@ -2,13 +2,14 @@
 import copy
 import io
 
+import numpy as np
 import pytest
 import timm
 import torch
 from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
-from cmr_layers import CME, SME, TIM, ClipModel, set_num_frames, temporal_keys
+from cmr_layers import CME, SME, TIM, ClipModel, insert, restore, retrofit, set_num_frames, temporal_keys
 from cmr_layers.clip import Consensus, Fold, check_choice, check_positive, clip_shape, unfold
 
 
@@ -46,7 +47,7 @@ def test_unfold_keeps_the_frames_of_a_clip_together():
     assert unfold(x, 3).data_ptr() == x.data_ptr()    # a view, no copy
 
 
-@pytest.mark.parametrize('value', [0, -1, 1.5, '8', None, True, torch.tensor(8)], ids=repr)
+@pytest.mark.parametrize('value', [0, -1, 1.5, '8', None, True, torch.tensor(0)], ids=repr)
 def test_error_check_positive_shows_name_and_value(value):
     with pytest.raises(ValueError, match=r'^thing must be a positive int, got ') as error:
         check_positive('thing', value)
@@ -54,7 +55,7 @@ def test_error_check_positive_shows_name_and_value(value):
 
 
 def test_error_check_choice_shows_name_choices_and_value():
-    with pytest.raises(ValueError, match="^thing must be one of 'a', 'b', got 'c'$"):
+    with pytest.raises(ValueError, match=r"^thing must be one of 'a', 'b', got 'c'$"):
         check_choice('thing', 'c', ('a', 'b'))
     assert check_choice('thing', 'b', ('a', 'b')) == 'b' and check_positive('thing', 3) == 3
 
@@ -166,10 +167,43 @@ def test_clip_model_has_the_models_parameters_and_no_more():
     model = net()
     wrapped = ClipModel(model, 4)
     assert [f'model.{key}' for key in model.state_dict()] == list(wrapped.state_dict())
-    other = ClipModel(net(), 8)
+    other = ClipModel(set_num_frames(net(), 8), 8)
     other.load_state_dict(wrapped.state_dict(), strict=True)
     x = torch.randn(8, 3, 2, 2)
     assert torch.equal(set_num_frames(other, 4)(x), wrapped(x))
+
+
+def test_any_kind_of_int_counts_as_one():
+    value = check_positive('thing', np.int64(8))
+    assert value == 8 and type(value) is int
+
+
+def test_error_clip_model_and_its_layers_must_agree_on_the_clip():
+    with pytest.raises(ValueError, match=r'^num_frames=8, but 1 of the model has num_frames=4; set_num_'):
+        ClipModel(net(), 8)
+    model = ClipModel(net(), 4)
+    set_num_frames(model.model, 8)
+    with pytest.raises(ValueError, match=r'^num_frames=4, but 1 of the model has num_frames=8'):
+        model(torch.randn(2, 4, 3, 8, 8))
+
+
+@pytest.mark.parametrize('call', [
+    lambda x: ClipModel(x), lambda x: set_num_frames(x, 8), lambda x: restore(x), lambda x: retrofit(x),
+    lambda x: insert(x, SME, at='0')], ids=['ClipModel', 'set_num_frames', 'restore', 'retrofit', 'insert'])
+def test_error_model_is_a_module(call):
+    with pytest.raises(TypeError, match=r"^model must be an nn.Module, got 'resnet18'$"):
+        call('resnet18')
+
+
+@pytest.mark.parametrize('call', [retrofit, lambda x: insert(x, SME, at='0')], ids=['retrofit', 'insert'])
+def test_error_model_is_not_compiled_yet(call):
+    with pytest.raises(TypeError, match=r'^model must be the network itself, got what torch.compile made of it'):
+        call(torch.compile(net()))
+
+
+def test_error_clips_are_floating_point():
+    with pytest.raises(ValueError, match=r'^x must be a floating point tensor, got torch.uint8$'):
+        SME(8)(torch.zeros(8, 8, 2, 2, dtype=torch.uint8))
 
 
 def test_clip_model_copies_compiles_exports_and_scripts():

@@ -361,10 +361,10 @@ def test_state_dict_round_trip_through_a_file(build, kind):
 
 
 STATE = {
-    'CME': ({}, {'w1.weight': (2, 12), 'w2.weight': (2, 12), 'w3.weight': (12, 2)}),
+    'CME': ({}, {'w1': (2, 12), 'w2': (2, 12), 'w3': (12, 2)}),
     'CME with bias': (
         {'gate_init': .98, 'reduction': (4, 6)},
-        {'w1.weight': (3, 12), 'w2.weight': (2, 12), 'w3.weight': (12, 3), 'w3.bias': (12,)}),
+        {'w1': (3, 12), 'w2': (2, 12), 'w3': (12, 3), 'b3': (12,)}),
     'SME': ({}, {
         'conv.weight': (12, 12, 1, 1), 'bn.weight': (12,), 'bn.bias': (12,), 'bn.running_mean': (12,),
         'bn.running_var': (12,), 'bn.num_batches_tracked': ()}),
@@ -398,14 +398,14 @@ def test_starts_survive_timms_init_weights():
     ResNet.init_weights(net, zero_init_last=True)
     after = net.state_dict()
     assert not torch.equal(after['conv.weight'], before['conv.weight'])    # it did run
-    for key in ('cme.w3.weight', 'sme.bn.weight', 'sme.bn.bias', 'tim.weight', 'same.weight'):
+    for key in ('cme.w3', 'sme.bn.weight', 'sme.bn.bias', 'tim.weight', 'same.weight'):
         assert torch.equal(after[key], before[key]), key
     x = torch.randn(8, 8, 3, 2)
     assert torch.equal(net['sme'](x), x) and torch.equal(net['cme'](x), x / 2) and torch.equal(net['same'](x), x)
 
 
 def test_reset_parameters_restores_the_start(build, kind):
-    fixed = {'CME': ['w3.weight', 'w3.bias'], 'SME': ['bn.weight', 'bn.bias'], 'TIM': ['weight']}[kind]
+    fixed = {'CME': ['w3', 'b3'], 'SME': ['bn.weight', 'bn.bias'], 'TIM': ['weight']}[kind]
     kwargs = {'gate_init': .9} if kind == 'CME' else {}
     start, layer = LAYERS[kind](8, num_frames=4, **kwargs).state_dict(), build(kind, **kwargs)
     assert not any(torch.equal(layer.state_dict()[key], start[key]) for key in fixed)

@@ -66,3 +66,8 @@ def test_ci_runs_the_printed_test_command():
     command = re.search(r'<!-- command: test -->\n```sh\n(.*?)\n```', README, re.DOTALL).group(1)
     assert 'pytest' in command and '\n' not in command
     assert '<!-- command: test -->' in (ROOT / '.ci/run').read_text()
+
+
+def test_committed_results_name_no_path_of_a_machine():
+    for path in (ROOT / 'benchmarks/results').glob('*.json'):
+        assert not re.search(r'["\s=]/\w', path.read_text()), path

@@ -6,6 +6,7 @@ The reference below is an implementation of its own: it computes with a state di
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -197,6 +198,26 @@ def test_loaded_model_has_the_released_layers_where_the_file_has_them(state_dict
     count = [sum(isinstance(m, kind) for m in model.modules()) for kind in (released.CME, TIM, SME)]
     assert count == [16, 16, 4]
     assert not model.training and model.drop_rate == 0.5 and model.num_frames == 8 and model.num_classes == 174
+
+
+@pytest.mark.parametrize('depth, n_round', [(50, 1), (101, 2)])
+def test_timm_saves_a_released_model_and_loads_it_again(depth, n_round, tmp_path):
+    layers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[depth]
+    model = released.load_released_checkpoint(released_state_dict(layers, 7, n_round), num_frames=2)
+    timm.models.save_for_hf(model, tmp_path)
+    again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    x = torch.randn(1, 2, 3, 64, 64)
+    assert again.num_frames == 2
+    assert torch.equal(again(x), model(x))
+
+
+def test_cme_survives_large_features_in_half_precision():
+    layer = released.CME(512, num_frames=4).eval()
+    x = torch.randn(4, 512, 2, 2) * 300
+    expected = layer.gate(x)
+    with torch.autocast('cpu', dtype=torch.float16):
+        assert (layer.gate(x).float() - expected).abs().max() < .02
+    assert (layer.half().gate(x.half()).float() - expected).abs().max() < .02
 
 
 def test_weights_do_not_depend_on_the_number_of_frames(state_dict):

@@ -86,7 +86,8 @@ def similarity(x: Tensor) -> Tensor:
 
     The cosine is taken over the channels and accumulated in float32 (float64 for a float64 clip). A pixel whose
     features are all zero (norm below 1e-12) has similarity 0. The last frame takes the map of the one before it (the
-    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1.
+    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1. Squares have to
+    fit: in float32 that is features up to about 1e18.
 
     Args:
         x: Clip, (B, T, C, H, W).
