@@ -149,6 +149,18 @@ def test_huge_features_do_not_overflow_in_the_similarity(dtype, value):
     torch.testing.assert_close(ops.motion(x).double(), loops.motion(x), rtol=.02, atol=value * 1e-3)
 
 
+@pytest.mark.parametrize('value', [1e19, 1e30, 3e38])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_features_whose_squares_overflow_have_a_similarity_and_gradients_all_the_same(value, dtype):
+    x = ((torch.rand(1, 3, 64, 2, 2) * 2 - 1) * value).to(dtype).requires_grad_()
+    s = ops.similarity(x)
+    s.sum().backward()
+    assert s.isfinite().all() and s.abs().max() <= 1 + 1e-5
+    assert x.grad.isfinite().all()
+    still = ops.similarity(x[:, :1].expand(1, 3, 64, 2, 2))
+    torch.testing.assert_close(still, torch.ones_like(still))
+
+
 @pytest.mark.parametrize('dtype, value', [(torch.float16, 6e4), (torch.float32, 1e15), (torch.float32, 1e30)], ids=str)
 @pytest.mark.parametrize('signed', [False, True])
 def test_huge_features_give_cme_gates_between_0_and_1(dtype, value, signed):

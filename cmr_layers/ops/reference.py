@@ -86,8 +86,8 @@ def similarity(x: Tensor) -> Tensor:
 
     The cosine is taken over the channels and accumulated in float32 (float64 for a float64 clip). A pixel whose
     features are all zero (norm below 1e-12) has similarity 0. The last frame takes the map of the one before it (the
-    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1. Squares have to
-    fit: in float32 that is features up to about 1e18.
+    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1. Features beyond
+    about 1e18 count as 1e18: their squares would overflow.
 
     Args:
         x: Clip, (B, T, C, H, W).
@@ -96,9 +96,11 @@ def similarity(x: Tensor) -> Tensor:
         Similarity s in [-1, 1] up to rounding, (B, T, H, W), float32 or float64.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    energy = (x * x).sum(2)
     if x.shape[1] == 1:
-        return torch.ones_like(energy)
+        return torch.ones_like(x[:, :, 0])
+    bound = (3e38 / x.shape[2]) ** 0.5
+    x = x.clamp(-bound, bound)                                              # no overflow in the sums, so no NaN
+    energy = (x * x).sum(2)
     # Replaced before the root, not after: the gradient of rsqrt at 0 is infinite, and 0 * inf is NaN. Norms below
     # 1e-12 count as zero, since that gradient, norm^-3, would overflow float32.
     inverse_norm = torch.where(energy > 1e-24, energy, torch.ones_like(energy)).rsqrt()
