@@ -77,6 +77,11 @@ def unfold(x: Tensor, num_frames: int) -> Tensor:
 
 def _check_frames(x: Tensor, num_frames: int) -> None:
     if x.shape[1] != num_frames:
+        if x.shape[2] == num_frames:
+            raise ValueError(
+                f'x must have the axes (B, T, C, H, W) with T = num_frames = {num_frames}, got {list(x.shape)}, which '
+                f'looks like (B, C, T, H, W): transpose(1, 2) swaps them'
+            )
         raise ValueError(
             f'x of shape {list(x.shape)} holds clips of {x.shape[1]} frames, but num_frames={num_frames} is wanted: '
             f'sample {num_frames} frames, or call set_num_frames(model, {x.shape[1]})'
@@ -108,6 +113,7 @@ class ClipLayer(ClipModule):
     Raises:
         ValueError: An argument is no positive int; at call time, the input has another number of dimensions,
             channels or frames, or is not floating point.
+        TypeError: At call time, the input is no tensor.
     """
     channels: int
 
@@ -117,6 +123,8 @@ class ClipLayer(ClipModule):
 
     def _clips(self, x: Tensor) -> Tensor:
         """See x as clips (B, T, C, H, W)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f'x must be a tensor, got {type(x)}')
         if (x.ndim != 4 and x.ndim != 5) or x.shape[-3] != self.channels:
             raise ValueError(
                 f'x must have shape (B*T, {self.channels}, H, W) or (B, {self.num_frames}, {self.channels}, H, W), '
@@ -163,6 +171,8 @@ class Fold(ClipModule):
         self.fold = Rearrange('b t c h w -> (b t) c h w')
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f'x must be a tensor, got {type(x)}')
         if x.ndim == 5:
             _check_frames(x, self.num_frames)
             x = self.fold(x)
@@ -203,7 +213,8 @@ class ClipModel(nn.Module):
     each. This wrapper gives it the interface of the ``cmr_resnet`` family.
 
     Args:
-        model: Network from (B*T, C, H, W) to logits or features (B*T, K).
+        model: Network from (B*T, C, H, W) to logits or features (B*T, K), or to a transformers output with
+            ``logits``.
         num_frames: Frames T of a clip.
 
     Shapes:
@@ -246,6 +257,7 @@ class ClipModel(nn.Module):
         if not torch.compiler.is_compiling():  # a compiled graph has the layers' T in it
             self._check_layers()
         frames = self.model(self.fold(x))
+        frames = getattr(frames, 'logits', frames)
         if not isinstance(frames, Tensor) or frames.ndim != 2:
             got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
             raise TypeError(f'model must return a tensor of shape (B*T, K) for the frames of a clip, got {got}')

@@ -55,7 +55,8 @@ class CMRResNet(ResNet):
         block: :class:`CMRBlock` or :class:`CMRBasicBlock`.
         layers: Blocks of each stage.
         num_frames: Frames T of a clip.
-        cme: Blocks with a CME: 'all', each stage's 'first', or 'none' (Table 5).
+        cme: Blocks with a CME: 'all', each stage's 'first', or 'none' (Table 5). timm drops an argument that is
+            None, so write 'none'.
         tim: Likewise for TIM.
         sme: Likewise for SME.
         reduction: CME's reduction, r1 = r2 or (r1, r2) (Table 3).

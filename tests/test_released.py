@@ -266,6 +266,12 @@ def test_something_else_is_an_error(tmp_path):
         released.load_released_checkpoint(tmp_path / 'list.pth')
 
 
+def test_text_file_is_an_error(tmp_path):
+    (tmp_path / 'text.pth').write_text('epoch 3\n')
+    with pytest.raises(ValueError, match=r"text.pth' is no checkpoint that torch.load can read"):
+        released.load_released_checkpoint(tmp_path / 'text.pth')
+
+
 def test_file_with_code_in_it_is_refused(tmp_path):
     torch.save({'model': torch.nn.Linear(2, 2)}, tmp_path / 'pickle.pth')
     with pytest.raises(Exception, match=r'weights_only|Weights only'):

@@ -758,3 +758,14 @@ def test_error_resnet_without_a_conv2d():
         setattr(model, f'layer{i}', nn.Sequential(Block()))
     with pytest.raises(ValueError, match=r'^model \(Module\)|the model could not run'):
         retrofit(model)
+
+
+def test_clip_model_averages_the_logits_of_transformers():
+    config = transformers.ResNetConfig(
+        layer_type='basic', embedding_size=8, hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1], num_labels=5)
+    model = transformers.ResNetForImageClassification(config).eval()
+    clip = torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        want = model(clip.flatten(0, 1)).logits.unflatten(0, (2, 4)).mean(1)
+        retrofit(model, num_frames=4)
+        torch.testing.assert_close(ClipModel(model, num_frames=4)(clip), want)
