@@ -77,14 +77,10 @@ def unfold(x: Tensor, num_frames: int) -> Tensor:
 
 def _check_frames(x: Tensor, num_frames: int) -> None:
     if x.shape[1] != num_frames:
-        if x.shape[2] == num_frames:
-            raise ValueError(
-                f'x must have the axes (B, T, C, H, W) with T = num_frames = {num_frames}, got {list(x.shape)}, which '
-                f'looks like (B, C, T, H, W): transpose(1, 2) swaps them'
-            )
+        hint = '; if these are (B, C, T, H, W), x.transpose(1, 2) puts them right' if x.shape[2] == num_frames else ''
         raise ValueError(
             f'x of shape {list(x.shape)} holds clips of {x.shape[1]} frames, but num_frames={num_frames} is wanted: '
-            f'sample {num_frames} frames, or call set_num_frames(model, {x.shape[1]})'
+            f'sample {num_frames} frames, or call set_num_frames(model, {x.shape[1]}){hint}'
         )
 
 

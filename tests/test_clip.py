@@ -202,7 +202,7 @@ def test_error_model_is_not_compiled_yet(call):
 
 
 def test_error_hints_at_swapped_axes():
-    with pytest.raises(ValueError, match=r'got \[2, 3, 8, 4, 4\], which looks like \(B, C, T, H, W\): transpose'):
+    with pytest.raises(ValueError, match=r'of shape \[2, 3, 8, 4, 4\] .*; if these are \(B, C, T, H, W\), x.transpose'):
         Fold(8)(torch.zeros(2, 3, 8, 4, 4))
 
 
