@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
-import torch
 from torch import Tensor, nn
 
 from .clip import ClipLayer, check_choice, check_module, check_positive
+from .probe import like, probe
 
 __all__ = ['Insertion', 'Report', 'insert', 'restore']
 
@@ -142,7 +142,7 @@ def insert(
         TypeError: model is no module or a compiled one, layer is no class of a layer, or example_input is no tensor.
 
     Example:
-        >>> import timm
+        >>> import timm, torch
         >>> from cmr_layers import CME, ClipModel
         >>> model = timm.create_model('mobilenetv3_small_050')
         >>> print(insert(model, CME, at='blocks.*.0', where='before', gate_init=0.98, num_frames=4))
@@ -230,103 +230,11 @@ def attach(layer: ClipLayer, at: str, target: nn.Module, where: str, owner_name:
         sum(p.numel() for p in layer.parameters()))
 
 
-def like(module: nn.Module, model: nn.Module) -> Dict[str, Any]:
-    """device and dtype for a new layer: those of the module's parameters or, failing that, of the model's."""
-    for source in (module, model):
-        for p in source.parameters():
-            if p.is_floating_point():
-                return {'device': p.device, 'dtype': p.dtype}
-    return {'device': None, 'dtype': None}
-
-
 def check_network(model: Any) -> None:
     """Raise a TypeError if layers can't be put in model: a compiled graph would not know of them."""
     check_module('model', model)
     if hasattr(model, '_orig_mod'):
         raise TypeError('model must be the network itself, got what torch.compile made of it; compile it afterwards')
-
-
-class Call:
-    """What went in and out of a module in a forward pass."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.passes: List[Tuple[Any, Any]] = []
-
-    def record(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
-        self.passes.append((args[0] if args else None, output))
-
-    @property
-    def input(self) -> Any:
-        return self.passes[0][0] if self.passes else None
-
-    def channels(self, where: str) -> int:
-        """Channels of the tensor (1, C, H, W) that went in ('before') or came out ('after')."""
-        side = 'input' if where == 'before' else 'output'
-        if not self.passes:
-            raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
-        found = {
-            tuple(x.shape) if isinstance(x, Tensor) else 'not positional' if x is None else type(x).__name__
-            for x in (call[where == 'after'] for call in self.passes)}
-        shapes = [shape for shape in found if isinstance(shape, tuple) and len(shape) == 4 and shape[0] == 1]
-        if any(height == width != channels for _, height, width, channels in shapes):
-            raise ValueError(
-                f'the {side} of at={self.name!r} looks like (N, H, W, C): for one square image it is {shapes[0]}; '
-                f'wanted (N, C, H, W)'
-            )
-        channels = {shape[1] for shape in shapes}
-        if len(shapes) != len(found) or len(channels) != 1:
-            raise ValueError(
-                f'the {side} of at={self.name!r} must be one tensor (N, C, H, W), with N frames and always the same C; '
-                f'for one image it is {", ".join(map(str, sorted(map(str, found))))}'
-            )
-        return int(channels.pop())
-
-
-def probe(
-        model: nn.Module,
-        targets: Dict[str, nn.Module],
-        example_input: Optional[Tensor] = None,
-) -> Dict[str, Call]:
-    """Run the model once on one image, in eval mode and without gradients, and watch the targets."""
-    if example_input is None:
-        example_input = _zero_image(model)
-    elif not isinstance(example_input, Tensor):
-        raise TypeError(f'example_input must be a tensor (1, C, H, W), got {type(example_input).__name__}')
-    calls = {name: Call(name) for name in targets}
-    handles = [target.register_forward_hook(calls[name].record) for name, target in targets.items()]
-    training = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with torch.no_grad():
-            model(example_input)
-    except Exception as error:
-        raise ValueError(
-            f'the model could not run on an image of shape {list(example_input.shape)} to find its channels: {error}. '
-            f'Pass one that it can run on as example_input'
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return calls
-
-
-def in_channels(model: nn.Module) -> int:
-    """Channels of the network's images: as it declares (timm's or transformers' way), or its first convolution's."""
-    declared = getattr(model, 'in_chans', None) or getattr(getattr(model, 'config', None), 'num_channels', None)
-    first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
-    return declared if isinstance(declared, int) else first
-
-
-def _zero_image(model: nn.Module) -> Tensor:
-    """One image of the size the network declares (timm's or transformers' way), or 224x224."""
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    config = getattr(model, 'config', None)
-    size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
-    height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return torch.zeros(1, in_channels(model), height, width, **like(model, model))
 
 
 def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .block import CMRBasicBlock, CMRBlock, is_placed
 from .clip import ClipLayer, check_choice, check_positive
 from .cme import CME
-from .insert import Report, attach, check_network, in_channels, like, probe
+from .insert import Report, attach, check_network
+from .probe import in_channels, like, probe
 from .sme import SME
 from .tim import TIM
 

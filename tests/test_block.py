@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import randomize
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
@@ -19,21 +20,6 @@ BLOCKS = {'bottleneck': (CMRBlock, Bottleneck), 'basic': (CMRBasicBlock, BasicBl
 NONE = {'cme': 'none', 'tim': 'none', 'sme': 'none'}
 ALL = {'cme': 'all', 'tim': 'all', 'sme': 'all'}
 LAYERS = {'cme': CME, 'tim': TIM, 'sme': SME}
-
-
-def randomize(model):
-    """Values as after training, so that no wrong term hides behind a zero or a one."""
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(.5, 1.5)
-                m.bias.uniform_(-.5, .5)
-                m.running_mean.uniform_(-.5, .5)
-                m.running_var.uniform_(.5, 2)
-            elif isinstance(m, (CME, TIM)):
-                for p in m.parameters():
-                    p.uniform_(-.7, .7)
-    return model
 
 
 def downsample(inplanes, outplanes, stride):

@@ -9,6 +9,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import randomize
 from timm.models import get_pretrained_cfg, group_parameters, list_pretrained, save_for_hf
 from timm.models.resnet import BasicBlock
 from timm.optim import param_groups_layer_decay
@@ -28,21 +29,6 @@ SMALL = {
     'resnet26': {'channels': (16, 8, 8, 8)}, 'resnet50': {'channels': (16, 8, 8, 8)},
     'resnet50d': {'channels': (16, 8, 8, 8)}, 'seresnet50': {'channels': (16, 8, 8, 8)},
 }
-
-
-def randomize(model):
-    """Values as after training, so that no wrong term hides behind a zero or a one."""
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(.5, 1.5)
-                m.bias.uniform_(-.5, .5)
-                m.running_mean.uniform_(-.5, .5)
-                m.running_var.uniform_(.5, 2)
-            elif isinstance(m, (CME, TIM)):
-                for p in m.parameters():
-                    p.uniform_(-.7, .7)
-    return model
 
 
 def small(arch='resnet18', **kwargs):

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from helpers import anatomy, assert_same, randomize_layers, values
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, insert, restore, set_num_frames, temporal_keys
@@ -14,37 +15,6 @@ from cmr_layers.clip import ClipLayer
 
 T = 4
 LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
-
-
-def anatomy(model):
-    """All that a module tree is, but for the tensors' values."""
-    hooks = ('_forward_hooks', '_forward_pre_hooks', '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs')
-    return [
-        (name, type(m), list(m._parameters), list(m._buffers), sorted(vars(m)), m.training,
-         [len(getattr(m, hook)) for hook in hooks])
-        for name, m in model.named_modules()]
-
-
-def values(model):
-    return {key: v.clone() for key, v in model.state_dict().items()}
-
-
-def assert_same(before, after):
-    assert list(before) == list(after)
-    for (key, v), w in zip(before.items(), after.values(), strict=True):
-        assert torch.equal(v, w), key
-
-
-def randomize(model):
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, (CME, TIM)):
-                for p in m.parameters():
-                    p.uniform_(-.7, .7)
-            elif isinstance(m, SME):
-                m.bn.weight.uniform_(.5, 1.5)
-                m.bn.bias.uniform_(-.5, .5)
-    return model
 
 
 class Block(nn.Module):
@@ -142,7 +112,7 @@ def test_an_sme_is_the_identity_and_restore_leaves_nothing(name, at):
         want, before, state = model(x), anatomy(model), values(model)
         insert(model, SME, at, num_frames=T)
         assert torch.equal(model(x), want) and torch.equal(model(x[:1]), restore(copy.deepcopy(model))(x[:1]))
-        assert not torch.equal(randomize(model)(x), want)
+        assert not torch.equal(randomize_layers(model)(x), want)
         restore(model)
         assert anatomy(model) == before
         assert_same(state, model.state_dict())
@@ -156,7 +126,7 @@ def test_an_sme_is_the_identity_and_restore_leaves_nothing(name, at):
 def test_the_layer_acts_before_or_after_its_module(kind, where):
     model, x = net(), images()
     report = insert(model, LAYERS[kind], 'blocks.1.0', where=where, num_frames=T)
-    randomize(model)
+    randomize_layers(model)
     got = model(x)
     layer = model.get_submodule(report.insertions[0].name)
     assert isinstance(layer, LAYERS[kind]) and layer.channels == (12 if where == 'before' else 16)
@@ -172,7 +142,7 @@ def test_several_layers_at_one_place_run_in_the_order_they_came(where):
     names = [insert(model, layer, 'blocks.1.0', where=where, num_frames=T).insertions[0].name for layer in (TIM, CME,
         CME)]
     assert names == ['blocks.1.0.tim', 'blocks.1.0.cme', 'blocks.1.0.cme2']
-    randomize(model)
+    randomize_layers(model)
     got = model(x)
     tim, cme, cme2 = (model.get_submodule(n) for n in names)
     restore(model)
@@ -218,7 +188,7 @@ def test_grad_checkpointing_runs_the_layer_at_a_sequential(where):
     model, x = timm.create_model('mobilenetv3_small_050', num_classes=5).eval(), images(T, 3, 32, 32)
     plain = model(x)
     report = insert(model, TIM, ['blocks.1', 'blocks.4'], where=where, num_frames=T)
-    randomize(model)
+    randomize_layers(model)
     want, counts = model(x), []
     for i in report:
         model.get_submodule(i.name).register_forward_hook(lambda *args: counts.append(1))
@@ -257,7 +227,7 @@ def test_densenet_blocks_take_lists_and_give_tensors():
         assert all(not isinstance(model.get_submodule(i.name.rpartition('.')[0]), (nn.ModuleDict, nn.Sequential))
                    for i in report)
         assert torch.equal(model(x), want)
-        assert not torch.equal(randomize(model)(x), want)
+        assert not torch.equal(randomize_layers(model)(x), want)
         assert torch.equal(restore(model)(x), want)
     with pytest.raises(ValueError, match=r"the input of at='features.denseblock1.denselayer1' must be one tensor"):
         insert(model, SME, 'features.denseblock1.denselayer1', where='before')
@@ -266,7 +236,7 @@ def test_densenet_blocks_take_lists_and_give_tensors():
 def test_clips_and_set_num_frames():
     model = net()
     insert(model, CME, 'blocks.0', num_frames=T)
-    randomize(model)
+    randomize_layers(model)
     x = images(2, T, 3, 16, 16)
     y = ClipModel(model, T)(x)
     assert y.shape == (2, 5) and not torch.allclose(y, ClipModel(model, T)(x.roll(1, 0)))
@@ -277,7 +247,7 @@ def test_clips_and_set_num_frames():
 def test_one_step_trains_layer_and_network():
     model = net().train()
     insert(model, CME, 'blocks.*.0', where='before', num_frames=T)
-    randomize(model)
+    randomize_layers(model)
     model(images()).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if not n.startswith('unused'))
 
@@ -287,7 +257,7 @@ def test_copies_have_layers_of_their_own(how):
     model, x = net(), images()
     plain = model(x)
     insert(model, TIM, 'blocks.*', num_frames=T)
-    randomize(model)
+    randomize_layers(model)
     want, twin = model(x), how(model)
     with torch.no_grad():
         model.blocks[0][1].tim.weight.zero_()
@@ -300,7 +270,7 @@ def test_compile_is_one_graph():
     model, x = net(), images()
     for layer in (CME, TIM, SME):
         insert(model, layer, 'blocks.1.0', num_frames=T)
-    randomize(model)
+    randomize_layers(model)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), model(x))
     torch._dynamo.reset()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
+from helpers import anatomy, assert_same, randomize, values
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
@@ -25,46 +26,10 @@ TORCHVISION = [
     'resnext101_64x4d', 'wide_resnet50_2', 'wide_resnet101_2']
 
 
-def randomize(model):
-    """Values as after training, so that no wrong term hides behind a zero or a one."""
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(.5, 1.5)
-                m.bias.uniform_(-.5, .5)
-                m.running_mean.uniform_(-.5, .5)
-                m.running_var.uniform_(.5, 2)
-            elif isinstance(m, (CME, TIM)):
-                for p in m.parameters():
-                    p.uniform_(-.7, .7)
-    return model
-
-
 def image_net(name='resnet18', **kwargs):
     channels = {'resnet18': (64, 16, 16, 16), 'resnet26': (16, 8, 8, 8), 'resnet50': (16, 8, 8, 8)}
     kwargs = {'num_classes': 5, 'zero_init_last': False, 'channels': channels[name], **kwargs}
     return randomize(timm.create_model(name, **kwargs)).eval()
-
-
-def anatomy(model):
-    """All that a module tree is, but for the tensors' values."""
-    hooks = (
-        '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
-        '_forward_hooks_always_called', '_backward_hooks', '_backward_pre_hooks', '_state_dict_hooks')
-    return [
-        (name, type(m), list(m._parameters), list(m._buffers), sorted(vars(m)), m.training,
-         [len(getattr(m, hook, ())) for hook in hooks])
-        for name, m in model.named_modules()]
-
-
-def values(model):
-    return {key: v.clone() for key, v in model.state_dict().items()}
-
-
-def assert_same(before, after):
-    assert list(before) == list(after)
-    for (key, v), w in zip(before.items(), after.values(), strict=True):
-        assert torch.equal(v, w), key
 
 
 def images(*shape, **kwargs):
