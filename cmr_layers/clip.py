@@ -19,9 +19,13 @@ __all__ = [
 
 def check_positive(name: str, value: Any) -> int:
     """Return value as an int if it is a positive one, or raise a ValueError that names the argument."""
-    if isinstance(value, bool) or not hasattr(value, '__index__') or operator.index(value) < 1:
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
         raise ValueError(f'{name} must be a positive int, got {value!r}')
-    return operator.index(value)
+    return number
 
 
 def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
@@ -77,10 +81,9 @@ def unfold(x: Tensor, num_frames: int) -> Tensor:
 
 def _check_frames(x: Tensor, num_frames: int) -> None:
     if x.shape[1] != num_frames:
-        hint = '; if these are (B, C, T, H, W), x.transpose(1, 2) puts them right' if x.shape[2] == num_frames else ''
         raise ValueError(
             f'x of shape {list(x.shape)} holds clips of {x.shape[1]} frames, but num_frames={num_frames} is wanted: '
-            f'sample {num_frames} frames, or call set_num_frames(model, {x.shape[1]}){hint}'
+            f'sample {num_frames} frames, or call set_num_frames(model, {x.shape[1]})'
         )
 
 
@@ -170,6 +173,12 @@ class Fold(ClipModule):
         if not isinstance(x, Tensor):
             raise TypeError(f'x must be a tensor, got {type(x)}')
         if x.ndim == 5:
+            # an image has 1 to 4 channels, a clip of as many frames is rare
+            if x.shape[1] <= 4 and x.shape[1] != self.num_frames and x.shape[2] == self.num_frames:
+                raise ValueError(
+                    f'x must be clips (B, T, C, H, W) with T = num_frames = {self.num_frames}, got {list(x.shape)}, '
+                    f'which looks like (B, C, T, H, W); if so, x.transpose(1, 2) puts it right'
+                )
             _check_frames(x, self.num_frames)
             x = self.fold(x)
         elif x.ndim == 4:
@@ -240,6 +249,7 @@ class ClipModel(nn.Module):
     def num_frames(self) -> int:
         return self.fold.num_frames
 
+    @torch.jit.unused
     def _check_layers(self) -> None:
         """A layer with another T would mix the frames of different clips without a word."""
         for name, module in self.model.named_modules():
@@ -250,11 +260,14 @@ class ClipModel(nn.Module):
                 )
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():  # a compiled graph has the layers' T in it
-            self._check_layers()
-        frames = self.model(self.fold(x))
-        frames = getattr(frames, 'logits', frames)
-        if not isinstance(frames, Tensor) or frames.ndim != 2:
+        if not torch.jit.is_scripting():
+            if not torch.compiler.is_compiling():  # a compiled graph has the layers' T in it
+                self._check_layers()
+        x = self.fold(x)
+        frames = self.model(x)
+        if not torch.jit.is_scripting():
+            frames = getattr(frames, 'logits', frames)
+        if not isinstance(frames, Tensor) or frames.ndim != 2 or frames.shape[0] != x.shape[0]:
             got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
             raise TypeError(f'model must return a tensor of shape (B*T, K) for the frames of a clip, got {got}')
         y: Tensor = self.consensus(frames)
@@ -283,13 +296,15 @@ def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:
     """
     check_positive('num_frames', num_frames)
     check_module('model', model)
-    found = [m for m in model.modules() if callable(getattr(m, 'set_num_frames', None))]
-    if not found:
+    if not any(isinstance(module, ClipModule) for module in model.modules()):
         raise ValueError(
             f'model ({type(model).__name__}) holds no layer with num_frames; wanted one with CME, SME or TIM in it'
         )
-    for module in found:
-        module.set_num_frames(num_frames)  # type: ignore[operator]
+    for module in model.modules():
+        if isinstance(module, ClipModule):
+            module.set_num_frames(num_frames)
+        elif hasattr(module, 'record_num_frames'):
+            module.record_num_frames(num_frames)  # type: ignore[operator]
     return model
 
 

@@ -64,7 +64,7 @@ class CME(ClipLayer):
         super().__init__(channels, num_frames)
         r1, r2 = _pair(reduction)
         self.reduction = (r1, r2)
-        if gate_init is not None and not (isinstance(gate_init, (int, float)) and 0 < gate_init < 1):
+        if gate_init is not None and not (hasattr(gate_init, '__float__') and 0 < gate_init < 1):
             raise ValueError(f'gate_init must lie between 0 and 1, or be None, got {gate_init!r}')
         self.gate_init = gate_init
         c1, c2 = -(-channels // r1), -(-channels // r2)

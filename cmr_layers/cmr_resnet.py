@@ -21,7 +21,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
-from .clip import ClipModule, Consensus, Fold, check_choice, temporal_keys
+from .clip import Consensus, Fold, check_choice, set_num_frames, temporal_keys
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
 
@@ -127,11 +127,13 @@ class CMRResNet(ResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def set_num_frames(self, num_frames: int) -> None:
-        """Set the clip length of all layers, like :func:`cmr_layers.set_num_frames`; record it for ``save_for_hf``."""
-        for module in self.modules():
-            if isinstance(module, ClipModule):
-                module.set_num_frames(num_frames)
-        self._model_args = dict(getattr(self, '_model_args', {}), num_frames=num_frames)
+        """Set the clip length of all layers, see :func:`cmr_layers.set_num_frames`."""
+        set_num_frames(self, num_frames)
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def record_num_frames(self, num_frames: int) -> None:
+        """Record the clip length for ``save_for_hf``."""
+        self._model_args = dict(getattr(self, '_model_args', {}), num_frames=int(num_frames))
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[
             List[Tensor], Tuple[Tensor, List[Tensor]]]:

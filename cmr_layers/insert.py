@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .clip import ClipLayer, check_choice, check_module, check_positive
 from .probe import like, probe
@@ -72,6 +73,16 @@ class _Hook:
 
     def __init__(self, name: str, owner: Optional[nn.Module]) -> None:
         self.name, self.owner = name, owner
+        self.key = -1  # of the hook in the hooked module
+
+    def register(self, where: str, module: nn.Module) -> None:
+        register: Any = module.register_forward_pre_hook if where == 'before' else module.register_forward_hook
+        self.key = register(self).id
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        # A new process counts hooks from 0 again and would in time give this key to another one, which replaces it.
+        self.__dict__.update(state)
+        RemovableHandle.next_id = max(RemovableHandle.next_id, self.key + 1)
 
     def holder(self, module: nn.Module) -> nn.Module:
         return module if self.owner is None else self.owner
@@ -83,7 +94,9 @@ class _Hook:
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> '_Hook':
         # Of a network: the copy of the owner. Of the hooked module alone: the owner itself, not a hidden copy of it.
-        return type(self)(self.name, memo.get(id(self.owner), self.owner))
+        copied = type(self)(self.name, memo.get(id(self.owner), self.owner))
+        copied.key = self.key
+        return copied
 
 
 class _Before(_Hook):
@@ -188,7 +201,7 @@ def restore(model: nn.Module) -> nn.Module:
         The same module.
 
     Raises:
-        ValueError: Nothing was inserted in it.
+        ValueError: Nothing was inserted in it, or a layer is held by a module outside of it.
         TypeError: model is no module.
 
     Example:
@@ -205,6 +218,13 @@ def restore(model: nn.Module) -> nn.Module:
         for key, hook in registered.items() if isinstance(hook, _Hook)]
     if not hooks:
         raise ValueError(f'model ({type(model).__name__}) holds nothing that insert() or retrofit() put in')
+    inside = set(model.modules())
+    for _, _, hook, module in hooks:
+        if hook.holder(module) not in inside:
+            raise ValueError(
+                f'model ({type(model).__name__}) is only a part: its {hook.name!r} belongs to a '
+                f'{type(hook.owner).__name__} outside of it; pass a module that holds both'
+            )
     for registered, key, hook, module in hooks:
         del registered[key]
         delattr(hook.holder(module), hook.name)
@@ -220,11 +240,8 @@ def attach(layer: ClipLayer, at: str, target: nn.Module, where: str, owner_name:
         name = f'{kind.lower()}{n}'
     layer.train(target.training)
     owner.add_module(name, layer)
-    elsewhere = None if owner is target else owner
-    if where == 'before':
-        target.register_forward_pre_hook(_Before(name, elsewhere))
-    else:
-        target.register_forward_hook(_After(name, elsewhere))
+    hook = (_Before if where == 'before' else _After)(name, None if owner is target else owner)
+    hook.register(where, target)
     return Insertion(
         kind, f'{owner_name}.{name}' if owner_name else name, where, at, layer.channels,
         sum(p.numel() for p in layer.parameters()))
@@ -233,7 +250,7 @@ def attach(layer: ClipLayer, at: str, target: nn.Module, where: str, owner_name:
 def check_network(model: Any) -> None:
     """Raise a TypeError if layers can't be put in model: a compiled graph would not know of them."""
     check_module('model', model)
-    if hasattr(model, '_orig_mod'):
+    if any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules()):
         raise TypeError('model must be the network itself, got what torch.compile made of it; compile it afterwards')
 
 
@@ -279,11 +296,11 @@ def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
     return name, module
 
 
-class _Spy(nn.Identity):
+class _Spy(nn.Module):
     """A child that nobody calls by name: if it runs, its parent runs all its children and can't hold a layer."""
     ran = False
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         self.ran = True
         return x
 

@@ -14,8 +14,9 @@ __all__ = ['Call', 'in_channels', 'like', 'probe']
 class Call:
     """What went in and out of a module in a forward pass."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, square: bool) -> None:
         self.name = name
+        self.square = square  # the image is
         self.passes: List[Tuple[Any, Any]] = []
 
     def record(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
@@ -34,7 +35,7 @@ class Call:
             tuple(x.shape) if isinstance(x, Tensor) else 'not positional' if x is None else type(x).__name__
             for x in (call[where == 'after'] for call in self.passes)}
         shapes = [shape for shape in found if isinstance(shape, tuple) and len(shape) == 4 and shape[0] == 1]
-        if any(height == width != channels for _, height, width, channels in shapes):
+        if self.square and any(height == width != channels for _, height, width, channels in shapes):
             raise ValueError(
                 f'the {side} of at={self.name!r} looks like (N, H, W, C): for one square image it is {shapes[0]}; '
                 f'wanted (N, C, H, W)'
@@ -58,7 +59,9 @@ def probe(
         example_input = _zero_image(model)
     elif not isinstance(example_input, Tensor):
         raise TypeError(f'example_input must be a tensor (1, C, H, W), got {type(example_input).__name__}')
-    calls = {name: Call(name) for name in targets}
+    elif example_input.ndim != 4 or example_input.shape[0] != 1:
+        raise ValueError(f'example_input must be one image (1, C, H, W), got {list(example_input.shape)}')
+    calls = {name: Call(name, example_input.shape[2] == example_input.shape[3]) for name in targets}
     handles = [target.register_forward_hook(calls[name].record) for name, target in targets.items()]
     training = {module: module.training for module in model.modules()}
     try:

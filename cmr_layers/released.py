@@ -15,7 +15,6 @@ paper's.
 import os
 import pickle
 import re
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Dict, Mapping, Tuple, Union
 
@@ -40,12 +39,18 @@ def _projection(in_channels: int, out_channels: int, **dd: Any) -> nn.Sequential
 
 def _fuse(z: Tensor, k: Tensor) -> Tensor:
     """Equations (4) and (5) with the softmax over t, in float32 at least: dot products overflow half precision."""
+    if not torch.jit.is_scripting():
+        if not z.is_meta and torch.is_autocast_enabled(z.device.type):
+            with torch.autocast(z.device.type, enabled=False):
+                return _fuse_wide(z, k)
+    return _fuse_wide(z, k)
+
+
+def _fuse_wide(z: Tensor, k: Tensor) -> Tensor:
     dtype = torch.promote_types(z.dtype, torch.float32)
-    autocast = not z.is_meta and torch.is_autocast_enabled(z.device.type)
-    with torch.autocast(z.device.type, enabled=False) if autocast else nullcontext():
-        values, keys = z.to(dtype), k.to(dtype)
-        d = -torch.matmul(keys, keys.transpose(1, 2))
-        return (values + torch.matmul(d.softmax(dim=1), values)).to(z.dtype)
+    values, keys = z.to(dtype), k.to(dtype)
+    d = -torch.matmul(keys, keys.transpose(1, 2))
+    return (values + torch.matmul(d.softmax(dim=1), values)).to(z.dtype)
 
 
 @register_notrace_module

@@ -47,7 +47,7 @@ def test_unfold_keeps_the_frames_of_a_clip_together():
     assert unfold(x, 3).data_ptr() == x.data_ptr()    # a view, no copy
 
 
-@pytest.mark.parametrize('value', [0, -1, 1.5, '8', None, True, torch.tensor(0)], ids=repr)
+@pytest.mark.parametrize('value', [0, -1, 1.5, '8', None, True, torch.tensor(0), torch.tensor(2.5)], ids=repr)
 def test_error_check_positive_shows_name_and_value(value):
     with pytest.raises(ValueError, match=r'^thing must be a positive int, got ') as error:
         check_positive('thing', value)
@@ -202,8 +202,29 @@ def test_error_model_is_not_compiled_yet(call):
 
 
 def test_error_hints_at_swapped_axes():
-    with pytest.raises(ValueError, match=r'of shape \[2, 3, 8, 4, 4\] .*; if these are \(B, C, T, H, W\), x.transpose'):
+    with pytest.raises(ValueError, match=r'got \[2, 3, 8, 4, 4\], which looks like \(B, C, T, H, W\); if so, '):
         Fold(8)(torch.zeros(2, 3, 8, 4, 4))
+
+
+def test_clip_model_scripts_whole():
+    model, x = ClipModel(net(), 4), torch.randn(2, 4, 3, 8, 8)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
+def test_error_a_model_of_clips_is_no_model_of_frames():
+    model = timm.create_model('cmr_resnet18', num_classes=5, num_frames=4).eval()
+    with pytest.raises(TypeError, match=r'^model must return a tensor of shape \(B\*T, K\) .*, got \[2, 5\]$'):
+        ClipModel(model, 4)(torch.randn(2, 4, 3, 32, 32))
+
+
+def test_set_num_frames_reaches_through_a_wrapper_that_delegates_to_it():
+    class Wrapper(nn.Sequential):
+        def set_num_frames(self, n):
+            set_num_frames(self, n)
+
+    model = Wrapper(TIM(8, 4))
+    model.set_num_frames(6)
+    assert model[0].num_frames == 6
 
 
 @pytest.mark.parametrize('layer', [Fold(8), TIM(8), CME(8), SME(8)], ids=['Fold', 'TIM', 'CME', 'SME'])

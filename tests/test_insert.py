@@ -524,3 +524,8 @@ def test_channels_follow_the_images_that_the_model_declares():
     assert insert(model, TIM, 'conv1', where='before').insertions[0].channels == 1
     model = timm.create_model('tresnet_m')  # its first convolution sees 48 channels, its image has 3
     assert insert(model, TIM, 'body.layer1').insertions[0].channels == 64
+
+
+def test_a_map_that_is_as_high_as_it_has_channels_is_no_channels_last():
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU())
+    assert insert(model, SME, at='1', example_input=torch.zeros(1, 3, 32, 48)).insertions[0].channels == 32

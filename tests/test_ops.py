@@ -155,7 +155,7 @@ def test_features_whose_squares_overflow_have_a_similarity_and_gradients_all_the
     x = ((torch.rand(1, 3, 64, 2, 2) * 2 - 1) * value).to(dtype).requires_grad_()
     s = ops.similarity(x)
     s.sum().backward()
-    assert s.isfinite().all() and s.abs().max() <= 1 + 1e-5
+    torch.testing.assert_close(s, ops.similarity(x.detach().double() / value).float(), rtol=1e-4, atol=1e-4)
     assert x.grad.isfinite().all()
     still = ops.similarity(x[:, :1].expand(1, 3, 64, 2, 2))
     torch.testing.assert_close(still, torch.ones_like(still))

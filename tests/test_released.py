@@ -276,3 +276,8 @@ def test_file_with_code_in_it_is_refused(tmp_path):
     torch.save({'model': torch.nn.Linear(2, 2)}, tmp_path / 'pickle.pth')
     with pytest.raises(Exception, match=r'weights_only|Weights only'):
         released.load_released_checkpoint(tmp_path / 'pickle.pth')
+
+
+def test_cme_scripts():
+    layer, x = released.CME(16, num_frames=4).eval(), torch.randn(8, 16, 5, 5)
+    torch.testing.assert_close(torch.jit.script(layer)(x), layer(x))

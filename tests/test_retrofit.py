@@ -3,6 +3,8 @@ import copy
 import io
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -734,3 +736,42 @@ def test_clip_model_averages_the_logits_of_transformers():
         want = model(clip.flatten(0, 1)).logits.unflatten(0, (2, 4)).mean(1)
         retrofit(model, num_frames=4)
         torch.testing.assert_close(ClipModel(model, num_frames=4)(clip), want)
+
+
+def test_error_restore_of_a_copied_part_leaves_the_network_alone():
+    model, x = image_net(), images()
+    retrofit(model, num_frames=T)
+    want = model(x)
+    with pytest.raises(ValueError, match=r"^model \(Conv2d\) is only a part: its 'cme' belongs to a BasicBlock"):
+        restore(copy.deepcopy(model.layer1[0].conv1))
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize('compile_', [lambda m: m.compile(), lambda m: setattr(m, 'layer1', torch.compile(m.layer1))])
+def test_error_parts_are_compiled(compile_):
+    model = image_net()
+    compile_(model)
+    with pytest.raises(TypeError, match=r'^model must be the network itself, got what torch.compile made of it'):
+        retrofit(model)
+
+
+def test_layers_survive_other_hooks_in_a_new_process(tmp_path):
+    # a new process counts its hooks from 0 again, and one with the key of ours would replace it
+    model, x = image_net(), images()
+    retrofit(model, num_frames=T, start='paper')
+    torch.save((model, x, model(x)), tmp_path / 'model.pt')
+    script = """
+import sys, torch
+model, x, want = torch.load(sys.argv[1], weights_only=False)
+for _ in range(300):
+    for m in (model.layer1[0], model.layer1[0].conv1):
+        m.register_forward_hook(print).remove()
+        m.register_forward_pre_hook(print).remove()
+assert torch.equal(model(x), want)
+"""
+    subprocess.run([sys.executable, '-c', script, str(tmp_path / 'model.pt')], check=True)
+
+
+def test_error_example_input_is_one_image():
+    with pytest.raises(ValueError, match=r'^example_input must be one image \(1, C, H, W\), got \[4, 3, 64, 64\]$'):
+        retrofit(image_net(), example_input=torch.zeros(4, 3, 64, 64))

@@ -86,8 +86,7 @@ def similarity(x: Tensor) -> Tensor:
 
     The cosine is taken over the channels and accumulated in float32 (float64 for a float64 clip). A pixel whose
     features are all zero (norm below 1e-12) has similarity 0. The last frame takes the map of the one before it (the
-    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1. Features beyond
-    about 1e18 count as 1e18: their squares would overflow.
+    paper's s_T = s_{T-1}); a still (T = 1) has no neighbour and counts as similar to itself, s = 1.
 
     Args:
         x: Clip, (B, T, C, H, W).
@@ -98,8 +97,10 @@ def similarity(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.shape[1] == 1:
         return torch.ones_like(x[:, :, 0])
-    bound = (3e38 / x.shape[2]) ** 0.5
-    x = x.clamp(-bound, bound)                                              # no overflow in the sums, so no NaN
+    # The squares of huge features would overflow. A cosine does not depend on the scale, so theirs is taken out; the
+    # others are divided by 1.
+    largest = x.detach().abs().amax(2, keepdim=True)
+    x = x / torch.where(largest > 1e15, largest, torch.ones_like(largest))
     energy = (x * x).sum(2)
     # Replaced before the root, not after: the gradient of rsqrt at 0 is infinite, and 0 * inf is NaN. Norms below
     # 1e-12 count as zero, since that gradient, norm^-3, would overflow float32.
