@@ -3,12 +3,13 @@
 The channels of a module can't be read off it in general (a block of convolutions, a pruned network, an activation),
 but they can be seen.
 """
-from typing import Any, Dict, List, Optional, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Call', 'in_channels', 'like', 'probe']
+__all__ = ['Call', 'evaluating', 'like', 'probe', 'zero_image']
 
 
 class Call:
@@ -56,17 +57,15 @@ def probe(
 ) -> Dict[str, Call]:
     """Run the model once on one image, in eval mode and without gradients, and watch the targets."""
     if example_input is None:
-        example_input = _zero_image(model)
+        example_input = zero_image(model, _image_size(model))
     elif not isinstance(example_input, Tensor):
         raise TypeError(f'example_input must be a tensor (1, C, H, W), got {type(example_input).__name__}')
     elif example_input.ndim != 4 or example_input.shape[0] != 1:
         raise ValueError(f'example_input must be one image (1, C, H, W), got {list(example_input.shape)}')
     calls = {name: Call(name, example_input.shape[2] == example_input.shape[3]) for name in targets}
     handles = [target.register_forward_hook(calls[name].record) for name, target in targets.items()]
-    training = {module: module.training for module in model.modules()}
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             model(example_input)
     except Exception as error:
         raise ValueError(
@@ -76,25 +75,41 @@ def probe(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return calls
 
 
-def in_channels(model: nn.Module) -> int:
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, for a look inside; afterwards every module is in the mode it was in."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _in_channels(model: nn.Module) -> int:
     """Channels of the network's images: as it declares (timm's or transformers' way), or its first convolution's."""
     declared = getattr(model, 'in_chans', None) or getattr(getattr(model, 'config', None), 'num_channels', None)
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     return declared if isinstance(declared, int) else first
 
 
-def _zero_image(model: nn.Module) -> Tensor:
-    """One image of the size the network declares (timm's or transformers' way), or 224x224."""
+def _image_size(model: nn.Module) -> Tuple[int, int]:
+    """Height and width the network declares (timm's or transformers' way), or 224x224."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     config = getattr(model, 'config', None)
     size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    return torch.zeros(1, in_channels(model), height, width, **like(model, model))
+    return height, width
+
+
+def zero_image(model: nn.Module, size: Tuple[int, int]) -> Tensor:
+    """One image for the network, (1, C, *size), on its device and in its dtype."""
+    return torch.zeros(1, _in_channels(model), *size, **like(model, model))
 
 
 def like(module: nn.Module, model: nn.Module) -> Dict[str, Any]:

@@ -7,14 +7,13 @@ Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AA
 """
 from typing import Dict, List, Optional, Tuple, Union
 
-import torch
 from torch import Tensor, nn
 
 from .block import CMRBasicBlock, CMRBlock, is_placed
 from .clip import ClipLayer, check_choice, check_positive
 from .cme import CME
 from .insert import Report, attach, check_network
-from .probe import in_channels, like, probe
+from .probe import like, probe, zero_image
 from .sme import SME
 from .tim import TIM
 
@@ -90,7 +89,9 @@ def retrofit(
     kin, entry, stages = _find_stages(model)
     blocks = {name: block for stage in stages for name, block in stage}
     entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
-    calls = probe(model, {**blocks, **entries}, _small_image(model) if example_input is None else example_input)
+    if example_input is None:
+        example_input = zero_image(model, (64, 64))  # shows the channels as well as a large one
+    calls = probe(model, {**blocks, **entries}, example_input)
 
     layers: List[Tuple[ClipLayer, str, nn.Module, str, str, nn.Module]] = []
     for stage in stages:
@@ -175,8 +176,3 @@ def _find_stages(model: nn.Module) -> Tuple[str, str, Stages]:
             + ('Pass one of them' if found else 'insert() puts the layers in other networks')
         )
     return next(iter(found.values()))
-
-
-def _small_image(model: nn.Module) -> Tensor:
-    """A ResNet shows its channels on any image, so one that costs little."""
-    return torch.zeros(1, in_channels(model), 64, 64, **like(model, model))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .clip import ClipLayer, check_positive
+from .probe import evaluating
 
 __all__ = ['MotionMaps', 'figure5', 'motion_agreement', 'motion_maps', 'top_bottom_channels']
 
@@ -302,17 +303,13 @@ def _inputs(model: nn.Module, clip: Tensor, layers: Dict[str, nn.Module]) -> Tup
         return hook
 
     handles = []
-    training = {module: module.training for module in model.modules()}
     try:
         handles += [layer.register_forward_pre_hook(keep(name)) for name, layer in layers.items()]
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             output = model(clip)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     for name in layers:
         if name not in inputs:
             raise ValueError(f'{name} does not run in a forward pass of {type(model).__name__}; pick another layer')
