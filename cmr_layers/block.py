@@ -6,11 +6,14 @@ Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AA
 """
 from typing import Any, Callable, Tuple, Union
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from .clip import ClipLayer, check_choice
 from .cme import CME
+from .deploy import fold_norms
+from .front import front
 from .sme import SME
 from .tim import TIM
 
@@ -60,6 +63,8 @@ class _TemporalBlock(nn.Module):
         if is_placed('sme', sme, opens_stage):
             self.sme = self.sme_layer(out_channels, **dd)
 
+    fuse = fold_norms  # for timm's reparameterize_model
+
 
 class CMRBlock(_TemporalBlock, Bottleneck):
     """timm's Bottleneck with the temporal layers: CMR-BlockA, or CMR-BlockB where ``sme`` puts an SME at its end.
@@ -93,10 +98,12 @@ class CMRBlock(_TemporalBlock, Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
 
-        x = self.cme(x)
-        x = self.tim(x)
-
-        x = self.conv1(x)
+        if torch.jit.is_scripting():
+            x = self.cme(x)
+            x = self.tim(x)
+            x = self.conv1(x)
+        else:
+            x = front(self.cme, self.tim, self.conv1, x)
         x = self.bn1(x)
         x = self.act1(x)
 
@@ -142,10 +149,12 @@ class CMRBasicBlock(_TemporalBlock, BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
 
-        x = self.cme(x)
-        x = self.tim(x)
-
-        x = self.conv1(x)
+        if torch.jit.is_scripting():
+            x = self.cme(x)
+            x = self.tim(x)
+            x = self.conv1(x)
+        else:
+            x = front(self.cme, self.tim, self.conv1, x)
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)

@@ -12,6 +12,8 @@ from einops.layers.torch import Rearrange
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
+from .ops import reference
+
 __all__ = [
     'ClipLayer', 'ClipModel', 'Consensus', 'Fold', 'clip_shape', 'set_num_frames', 'temporal_keys',
 ]
@@ -72,11 +74,7 @@ def clip_shape(num_images: int, num_frames: int) -> Tuple[int, int]:
 
 def unfold(x: Tensor, num_frames: int) -> Tensor:
     """(B*T, ...) -> (B, T, ...) by the rule of :func:`clip_shape`."""
-    clips, frames = clip_shape(x.shape[0], num_frames)
-    # The expand changes nothing but what a tracer knows: to it a split of N leaves N // (N // T) frames, not T, and
-    # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end.
-    y: Tensor = x.unflatten(0, (clips, frames)).expand([clips, frames] + list(x.shape[1:]))
-    return y
+    return reference.clips(x, clip_shape(x.shape[0], num_frames)[1])
 
 
 def _check_frames(x: Tensor, num_frames: int) -> None:
@@ -103,7 +101,8 @@ class ClipLayer(ClipModule):
     """Base of CME, SME and TIM: takes (B*T, C, H, W) or (B, T, C, H, W) and returns the same, memory layout included.
 
     A subclass writes :meth:`forward_clips` and sees clips (B, T, C, H, W) only, with T = num_frames, or T = 1 when
-    the folded input holds fewer frames than one clip (stills).
+    the folded input holds fewer frames than one clip (stills). It may write :meth:`forward_frames` besides, which sees
+    them folded, (B*T, C, H, W), and takes its place everywhere but in TorchScript.
 
     Args:
         channels: Channels C of the input.
@@ -120,8 +119,7 @@ class ClipLayer(ClipModule):
         super().__init__(num_frames)
         self.channels = check_positive('channels', channels)
 
-    def _clips(self, x: Tensor) -> Tensor:
-        """See x as clips (B, T, C, H, W)."""
+    def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f'x must be a tensor, got {type(x)}')
         if (x.ndim != 4 and x.ndim != 5) or x.shape[-3] != self.channels:
@@ -133,17 +131,34 @@ class ClipLayer(ClipModule):
             raise ValueError(f'x must be a floating point tensor, got {x.dtype}')
         if x.ndim == 5:
             _check_frames(x, self.num_frames)
-            return x
-        return unfold(x, self.num_frames)
+
+    def _clips(self, x: Tensor) -> Tensor:
+        """See x as clips (B, T, C, H, W)."""
+        self._check(x)
+        return x if x.ndim == 5 else unfold(x, self.num_frames)
+
+    def frames(self, x: Tensor) -> Tuple[Tensor, int]:
+        """See x as frames (B*T, C, H, W); how many of them are a clip."""
+        self._check(x)
+        if x.ndim == 5:
+            return x.flatten(0, 1), x.shape[1]
+        return x, clip_shape(x.shape[0], self.num_frames)[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        # reshape, not flatten: to a tracer a batch of N frames stays N, and does not become N // T * T
-        y = self.forward_clips(self._clips(x)).reshape(x.shape)
+        if torch.jit.is_scripting():
+            # reshape, not flatten: to a tracer a batch of N frames stays N, and does not become N // T * T
+            y = self.forward_clips(self._clips(x)).reshape(x.shape)
+        else:
+            frames, num_frames = self.frames(x)
+            y = self.forward_frames(frames, num_frames).reshape(x.shape)
         if x.is_contiguous():
             return y.contiguous()
         if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             return y.contiguous(memory_format=torch.channels_last)
         return y
+
+    def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
+        return self.forward_clips(reference.clips(x, num_frames)).reshape(x.shape)
 
     def forward_clips(self, x: Tensor) -> Tensor:
         raise RuntimeError('a ClipLayer defines forward_clips')

@@ -90,6 +90,12 @@ class CME(ClipLayer):
     def forward_clips(self, x: Tensor) -> Tensor:
         return ops.cme(x, self.w1, self.w2, self.w3, self.b3)
 
+    def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
+        return ops.front(x, num_frames, self.weights(), None, owner=self)
+
+    def weights(self) -> ops.CMEWeights:
+        return ops.CMEWeights(self.w1, self.w2, self.w3, self.b3)
+
     def extra_repr(self) -> str:
         r1, r2 = self.reduction
         gate_init = '' if self.gate_init is None else f', gate_init={self.gate_init}'

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .clip import ClipLayer, check_choice, check_module, check_positive
+from .front import run
 from .probe import like, probe
 
 __all__ = ['Insertion', 'Report', 'insert', 'restore']
@@ -66,13 +67,13 @@ class Report:
 
 
 class _Hook:
-    """Sends a tensor through a layer that is a child of owner, or of the hooked module itself.
+    """Sends a tensor through layers that are children of owner, or of the hooked module itself.
 
-    The layer is looked up at each call, so whatever takes its place (a folded form, say) is used.
+    The layers are looked up at each call, so whatever takes their place (a folded form, say) is used.
     """
 
-    def __init__(self, name: str, owner: Optional[nn.Module]) -> None:
-        self.name, self.owner = name, owner
+    def __init__(self, names: Tuple[str, ...], owner: Optional[nn.Module]) -> None:
+        self.names, self.owner = names, owner
         self.key = -1  # of the hook in the hooked module
 
     def register(self, where: str, module: nn.Module) -> None:
@@ -87,14 +88,15 @@ class _Hook:
     def holder(self, module: nn.Module) -> nn.Module:
         return module if self.owner is None else self.owner
 
-    def layer(self, module: nn.Module) -> Any:
+    def run(self, module: nn.Module, x: Any) -> Any:
         if self.owner is not None and getattr(module, '_is_replica', False):
             raise RuntimeError('nn.DataParallel copies no hooks; use nn.parallel.DistributedDataParallel')
-        return getattr(self.holder(module), self.name)
+        holder = self.holder(module)
+        return run([getattr(holder, name) for name in self.names], x)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> '_Hook':
         # Of a network: the copy of the owner. Of the hooked module alone: the owner itself, not a hidden copy of it.
-        copied = type(self)(self.name, memo.get(id(self.owner), self.owner))
+        copied = type(self)(self.names, memo.get(id(self.owner), self.owner))
         copied.key = self.key
         return copied
 
@@ -103,14 +105,14 @@ class _Before(_Hook):
     """Forward pre-hook: the module's input goes through the layer first."""
 
     def __call__(self, module: nn.Module, args: Tuple[Any, ...]) -> Tuple[Any, ...]:
-        return (self.layer(module)(args[0]), *args[1:])
+        return (self.run(module, args[0]), *args[1:])
 
 
 class _After(_Hook):
     """Forward hook: the module's output goes through the layer."""
 
     def __call__(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> Any:
-        return self.layer(module)(output)
+        return self.run(module, output)
 
 
 def insert(
@@ -222,12 +224,13 @@ def restore(model: nn.Module) -> nn.Module:
     for _, _, hook, module in hooks:
         if hook.holder(module) not in inside:
             raise ValueError(
-                f'model ({type(model).__name__}) is only a part: its {hook.name!r} belongs to a '
+                f'model ({type(model).__name__}) is only a part: its {hook.names[0]!r} belongs to a '
                 f'{type(hook.owner).__name__} outside of it; pass a module that holds both'
             )
     for registered, key, hook, module in hooks:
         del registered[key]
-        delattr(hook.holder(module), hook.name)
+        for name in hook.names:
+            delattr(hook.holder(module), name)
     return model
 
 
@@ -240,8 +243,12 @@ def attach(layer: ClipLayer, at: str, target: nn.Module, where: str, owner_name:
         name = f'{kind.lower()}{n}'
     layer.train(target.training)
     owner.add_module(name, layer)
-    hook = (_Before if where == 'before' else _After)(name, None if owner is target else owner)
-    hook.register(where, target)
+    holder = None if owner is target else owner
+    last = next(reversed(target._forward_pre_hooks.values()), None)
+    if where == 'before' and isinstance(last, _Before) and last.owner is holder:
+        last.names += (name,)  # one hook for both, since a CME and a TIM together take one pass over the frames
+    else:
+        (_Before if where == 'before' else _After)((name,), holder).register(where, target)
     return Insertion(
         kind, f'{owner_name}.{name}' if owner_name else name, where, at, layer.channels,
         sum(p.numel() for p in layer.parameters()))

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from . import block, sme
 from .clip import ClipLayer, check_positive
 from .cmr_resnet import CMRResNet
+from .deploy import fold_norms
 
 __all__ = ['CME', 'CMRBlock', 'ReleasedCMRResNet', 'load_released_checkpoint']
 
@@ -106,6 +107,8 @@ class CME(ClipLayer):
 
     def forward_clips(self, x: Tensor) -> Tensor:
         return x * self._gate(x).to(x.dtype)[:, :, :, None, None]
+
+    fuse = fold_norms  # for timm's reparameterize_model
 
 
 class CMRBlock(block.CMRBlock):

@@ -4,11 +4,14 @@ Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AA
 """
 from typing import Any, Type
 
+import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from . import ops
 from .clip import ClipLayer
+from .deploy import fold_norms
+from .front import is_bare, is_plain
 
 __all__ = ['SME']
 
@@ -81,3 +84,19 @@ class SME(ClipLayer):
         frames = ops.motion(x).flatten(0, 1)
         v: Tensor = self.bn(self.conv(frames)).view_as(x) + x               # (8)
         return v
+
+    def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
+        conv, bn = self.conv, self.bn
+        if not (is_plain(conv) and is_bare(bn)):
+            return super().forward_frames(x, num_frames)
+        if not torch.is_grad_enabled() and not torch.jit.is_tracing():
+            if isinstance(bn, nn.Identity):  # folded
+                return ops.sme(x, num_frames, conv.weight, conv.bias, None, None, None, None, 0., owner=self)
+            if isinstance(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
+                return ops.sme(
+                    x, num_frames, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
+                    owner=self)
+        v: Tensor = bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self)) + x
+        return v
+
+    fuse = fold_norms  # for timm's reparameterize_model

@@ -94,5 +94,8 @@ class TIM(ClipLayer):
     def forward_clips(self, x: Tensor) -> Tensor:
         return ops.tim(x, self.weight)
 
+    def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
+        return ops.front(x, num_frames, ops.CMEWeights(), self.weight, owner=self)
+
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, kernel_size={self.kernel_size}, init={self.init!r}'

@@ -13,9 +13,11 @@ from torch.autograd import gradcheck
 
 from cmr_layers import CME, SME, TIM
 from cmr_layers.clip import ClipLayer
+from cmr_layers.ops import use_path
 
 LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
 HALF = [torch.float16, torch.bfloat16]
+CLOSE = {'rtol': 2e-2, 'atol': 2e-2}    # two roundings to bfloat16 more or less
 cl = torch.channels_last
 
 
@@ -292,7 +294,10 @@ def test_an_exported_layer_survives_a_file(build, kind):
     layer, x, file = build(kind), clips(), io.BytesIO()
     torch.export.save(torch.export.export(layer, (x,)), file)
     file.seek(0)
-    assert torch.equal(torch.export.load(file).module()(x), layer(x))
+    loaded = torch.export.load(file).module()
+    with use_path('reference'):    # an exported graph is the reference's, to the bit
+        assert torch.equal(loaded(x), layer(x))
+    torch.testing.assert_close(loaded(x), layer(x))
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
@@ -303,7 +308,9 @@ def test_torchscript_gives_the_same_values(build, kind):
     scripted = torch.jit.load(file)
     for x in (clips(), torch.randn(8, 8, 3, 2), torch.randn(3, 8, 3, 2), clips(dtype=torch.bfloat16)):
         layer, scripted = layer.to(x.dtype), scripted.to(x.dtype)
-        torch.testing.assert_close(scripted(x), layer(x), rtol=0, atol=0)
+        torch.testing.assert_close(scripted(x), layer(x), **({} if x.dtype == torch.float32 else CLOSE))
+        with use_path('reference'):
+            torch.testing.assert_close(scripted(x), layer(x), rtol=0, atol=0)
     with pytest.raises(torch.jit.Error, match='num_frames=4'):
         scripted(torch.randn(6, 8, 3, 2))
 
@@ -311,7 +318,10 @@ def test_torchscript_gives_the_same_values(build, kind):
 @pytest.mark.filterwarnings('ignore')
 def test_torch_jit_trace_records_the_layer(build, kind):
     layer, x = build(kind), clips()
-    assert torch.equal(torch.jit.trace(layer, x)(x), layer(x))
+    traced = torch.jit.trace(layer, x)
+    with use_path('reference'):
+        assert torch.equal(traced(x), layer(x))
+    torch.testing.assert_close(traced(x), layer(x))
 
 
 def test_fx_sees_the_layer_as_one_node(build, kind):

@@ -1,4 +1,14 @@
-"""The layers' arithmetic as functions of tensors; :mod:`.reference` holds the plain PyTorch form."""
+"""The layers' arithmetic as functions of tensors.
+
+:mod:`.reference` is the law, in plain PyTorch. :mod:`.dispatch` decides what runs in its place: operators
+(:mod:`.operators`) with kernels in Triton (``triton_*``) or as PyTorch calls (:mod:`.plain`). :func:`use_path` forces a
+path, :func:`explain` says which one each layer of a model takes, and why.
+"""
+from .dispatch import explain, use_path
+from .layers import CMEWeights, Convolution, front, front_conv, joins, motion_conv, sme
 from .reference import cme, cme_gate, motion, similarity, tim
 
-__all__ = ['cme', 'cme_gate', 'motion', 'similarity', 'tim']
+__all__ = [
+    'CMEWeights', 'Convolution', 'cme', 'cme_gate', 'explain', 'front', 'front_conv', 'joins', 'motion',
+    'motion_conv', 'similarity', 'sme', 'tim', 'use_path',
+]

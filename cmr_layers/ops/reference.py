@@ -12,7 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['cme_gate', 'cme', 'tim', 'similarity', 'motion']
+__all__ = ['clips', 'cme_gate', 'cme', 'tim', 'similarity', 'motion']
+
+
+def clips(x: Tensor, num_frames: int) -> Tensor:
+    """Frames (B*T, ...) to clips (B, T, ...); the first axis has to hold whole clips."""
+    size = [x.shape[0] // num_frames, num_frames] + list(x.shape[1:])
+    # The expand changes nothing but what a tracer knows: to it a split of N leaves N // (N // T) frames, not T, and
+    # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end.
+    y: Tensor = x.unflatten(0, (size[0], num_frames)).expand(size)
+    return y
 
 
 def cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None) -> Tensor:

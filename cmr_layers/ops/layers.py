@@ -1,0 +1,96 @@
+"""What the layers call: frames in, frames out, by the path that :mod:`.dispatch` chooses.
+
+Frames x are (N, C, H, W), N = B * T, the frames of a clip next to each other. ``owner`` is the layer that calls, for
+:func:`.dispatch.explain`.
+"""
+from typing import Any, NamedTuple, Optional, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import operators, reference  # noqa: F401  (registers the operators)
+from .dispatch import choose, is_narrow, runs_triton
+
+__all__ = ['CMEWeights', 'Convolution', 'front', 'front_conv', 'joins', 'motion_conv', 'sme']
+
+
+class CMEWeights(NamedTuple):
+    """W1 (C/r1, C), W2 (C/r2, C), W3 (C, C/r1) and the bias of the gates' logits (C,)."""
+    w1: Optional[Tensor] = None
+    w2: Optional[Tensor] = None
+    w3: Optional[Tensor] = None
+    b3: Optional[Tensor] = None
+
+
+class Convolution(NamedTuple):
+    """Arguments of a 2D convolution."""
+    weight: Tensor
+    bias: Optional[Tensor]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+
+
+def _name(cme: CMEWeights, taps: Optional[Tensor]) -> str:
+    return ' + '.join((['CME'] if cme.w1 is not None else []) + (['TIM'] if taps is not None else []))
+
+
+def front(x: Tensor, num_frames: int, cme: CMEWeights, taps: Optional[Tensor], owner: Any = None) -> Tensor:
+    """CME and then TIM, either of which may be missing: equations (1) to (6), and a convolution over the frames."""
+    path = choose(owner, _name(cme, taps), x, num_frames, [*cme, taps], taps)
+    if path == 'reference':
+        clips = reference.clips(x, num_frames)
+        if cme.w1 is not None and cme.w2 is not None and cme.w3 is not None:
+            clips = reference.cme(clips, cme.w1, cme.w2, cme.w3, cme.b3)
+        if taps is not None:
+            clips = reference.tim(clips, taps)
+        return clips.reshape(x.shape)
+    y: Tensor = torch.ops.cmr_layers.front(x, num_frames, *cme, taps)[0]
+    return y
+
+
+def front_conv(
+        x: Tensor, num_frames: int, cme: CMEWeights, taps: Optional[Tensor], conv: Convolution, owner: Any = None,
+) -> Tensor:
+    """CME, TIM and the convolution behind them. What the convolution sees is not kept for the backward pass."""
+    path = choose(owner, f'{_name(cme, taps)} + conv', x, num_frames, [*cme, taps, conv.weight, conv.bias], taps)
+    if path == 'reference':
+        return F.conv2d(front(x, num_frames, cme, taps, owner), *conv)
+    y: Tensor = torch.ops.cmr_layers.front_conv(x, num_frames, *cme, taps, *conv)[0]
+    return y
+
+
+def joins(x: Tensor, num_frames: int, taps: Tensor, conv: Convolution) -> bool:
+    """Whether a convolution is faster as a part of what stands in front of it, and not only leaner in training."""
+    return runs_triton(x, num_frames, taps) and is_narrow(
+        x, num_frames, conv.weight, conv.stride, conv.padding, conv.groups)
+
+
+def motion_conv(
+        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], owner: Any = None,
+) -> Tensor:
+    """The 1x1 convolution of equation (8), of the frames weighted by their motion."""
+    path = choose(owner, 'SME', x, num_frames, [weight, bias], obstacle=_still(num_frames))
+    if path == 'reference':
+        return F.conv2d(reference.motion(reference.clips(x, num_frames)).reshape(x.shape), weight, bias)
+    h: Tensor = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias)[0]
+    return h
+
+
+def sme(
+        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], mean: Optional[Tensor],
+        var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float, owner: Any = None,
+) -> Tensor:
+    """All of equation (8) with the batch norm's running statistics, or without one; it has no derivative."""
+    path = choose(owner, 'SME, inference', x, num_frames, [weight, bias], obstacle=_still(num_frames))
+    if path == 'reference':
+        h = motion_conv(x, num_frames, weight, bias, owner)
+        return x + (h if mean is None or var is None else F.batch_norm(h, mean, var, gamma, beta, eps=eps))
+    v: Tensor = torch.ops.cmr_layers.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps)
+    return v
+
+
+def _still(num_frames: int) -> str:
+    return 'a still has no motion' if num_frames == 1 else ''

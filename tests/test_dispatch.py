@@ -1,0 +1,289 @@
+"""Which path is chosen, for what reason, and what forcing one does."""
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cmr_layers import CME, SME, TIM, ClipModel, CMRBlock, ops, released, retrofit
+from cmr_layers.ops import dispatch, explain, use_path
+
+LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
+
+
+def paths(model, x):
+    return [(row.owner, row.operation, row.path, row.reason) for row in explain(model, x)]
+
+
+def test_a_cpu_takes_the_plain_form_of_every_layer(kind):
+    assert paths(LAYERS[kind](8, num_frames=4), torch.randn(4, 8, 3, 2)) == [
+        (kind, kind, 'plain', 'x is on cpu')]
+
+
+def test_inference_of_sme_is_one_operator():
+    layer, x = SME(8, num_frames=4).eval(), torch.randn(4, 8, 3, 2)
+    assert paths(layer, x) == [('SME', 'SME, inference', 'plain', 'x is on cpu')]
+    layer.bn = nn.BatchNorm2d(8, track_running_stats=False)  # statistics of the batch, also in eval mode
+    assert paths(layer.eval(), x) == [('SME', 'SME', 'plain', 'x is on cpu')]
+
+
+@pytest.mark.parametrize('x, reason', [
+    (torch.randn(4, 8, 3, 2, dtype=torch.float64), 'x is torch.float64'),
+    (torch.empty(4, 8, 3, 2, device='meta'), 'x is on meta'),
+    (torch.empty(0, 8, 3, 2), 'x is empty'),
+    (torch.randn(4, 8, 3, 2, dtype=torch.float16), 'x is torch.float16 and a weight torch.float32'),
+], ids=['float64', 'meta', 'empty', 'mixed dtypes'])
+def test_what_the_operators_can_not_take_is_the_references(x, reason):
+    layer = TIM(8, num_frames=4, device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else None)
+    with use_path('auto'):
+        assert dispatch.choose(None, 'TIM', x, 4, [layer.weight], layer.weight) == 'reference'
+    for path in ('plain', 'triton'):
+        with use_path(path), pytest.raises(
+                RuntimeError, match=f"^the path '{path}' is forced, but TIM can't take it: {reason}$"):
+            dispatch.choose(None, 'TIM', x, 4, [layer.weight], layer.weight)
+
+
+def test_a_still_has_no_motion_to_compute():
+    assert paths(SME(8, num_frames=4).eval(), torch.randn(2, 8, 3, 2))[0][2:] == ('reference', 'a still has no motion')
+
+
+def test_transforms_of_torch_func_run_the_reference():
+    layer = TIM(8, num_frames=4)
+    x = torch.randn(3, 4, 8, 3, 2)
+    want = layer(x.flatten(0, 1)).unflatten(0, (3, 4))
+    torch.testing.assert_close(torch.vmap(layer)(x), want)
+    g = torch.func.grad(lambda v: layer(v).square().sum())(x[0])
+    torch.testing.assert_close(g, torch.autograd.functional.vjp(
+        lambda v: layer(v).square().sum(), x[0], torch.tensor(1.))[1])
+    tangent = torch.randn_like(x[0])
+    torch.testing.assert_close(torch.func.jvp(layer, (x[0],), (tangent,))[1], layer(tangent))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], tangent)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, layer(tangent))
+
+
+def test_a_subclass_of_tensor_runs_the_reference():
+    class Marked(torch.Tensor):
+        pass
+
+    x = torch.randn(4, 8, 3, 2).as_subclass(Marked)
+    y = TIM(8, num_frames=4)(x)
+    assert isinstance(y, Marked)
+    assert paths(TIM(8, num_frames=4), x)[0][2:] == ('reference', 'x is a Marked')
+
+
+def test_autocast_that_would_round_the_input_runs_the_reference():
+    layer, x = CME(8, num_frames=4), torch.randn(4, 8, 3, 2)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert paths(layer, x)[0][2:] == (
+            'reference', 'autocast to torch.bfloat16 would round x, which is torch.float32')
+        assert paths(layer, x.bfloat16())[0][2:] == ('plain', 'x is on cpu')
+
+
+@pytest.mark.parametrize('path', ['plain', 'reference'])
+def test_a_forced_path_is_taken_and_given_back(kind, path):
+    layer, x = LAYERS[kind](8, num_frames=4), torch.randn(4, 8, 3, 2)
+    with use_path(path):
+        assert paths(layer, x)[0][2:] == (path, 'forced')
+        with use_path('auto'):
+            assert paths(layer, x)[0][2:] == ('plain', 'x is on cpu')
+        with pytest.raises(ZeroDivisionError), use_path('auto'):
+            raise ZeroDivisionError
+        assert paths(layer, x)[0][2:] == (path, 'forced')
+    assert paths(layer, x)[0][2:] == ('plain', 'x is on cpu')
+
+
+def test_error_triton_is_forced_without_a_gpu(kind):
+    with use_path('triton'), pytest.raises(
+            RuntimeError, match=f"^the path 'triton' is forced, but {kind} can't take it: x is on cpu$"):
+        LAYERS[kind](8, num_frames=4)(torch.randn(4, 8, 3, 2))
+
+
+def test_error_a_path_that_is_none():
+    with pytest.raises(ValueError, match=r"^path must be one of 'auto', 'triton', 'plain', 'reference', got 'fast'$"):
+        use_path('fast').__enter__()
+
+
+def test_the_environment_variable_forces_a_path():
+    code = (
+        'import torch; from cmr_layers import TIM; from cmr_layers.ops import explain;'
+        'print(explain(TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)))')
+
+    def run(value):
+        return subprocess.run(
+            [sys.executable, '-c', code], env={**os.environ, 'CMR_LAYERS_PATH': value}, capture_output=True, text=True)
+
+    assert run('reference').stdout == 'TIM  TIM  reference (forced)\n'
+    assert run('auto').stdout == 'TIM  TIM  plain (x is on cpu)\n'
+    assert "CMR_LAYERS_PATH must be one of 'auto', 'triton', 'plain', 'reference', got 'fast'" in run('fast').stderr
+
+
+def test_nothing_imports_triton_before_it_is_used():
+    code = (
+        'import sys, timm, torch; before = "triton" in sys.modules; import cmr_layers;'
+        'timm.create_model("cmr_resnet18", num_frames=2).eval()(torch.randn(2, 3, 32, 32));'
+        'print(before, "triton" in sys.modules, [m for m in sys.modules if "cmr_layers.ops.triton" in m])')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    before, after, ours = out.split(maxsplit=2)
+    assert before == after and ours == '[]\n'
+
+
+# Blocks: CME and TIM together
+
+def block(**kwargs):
+    torch.manual_seed(0)
+    made = CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2, **kwargs)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.uniform_(-.5, .5)
+    return made.eval()
+
+
+def test_a_block_calls_an_operator_for_cme_and_tim_and_one_for_sme():
+    assert [row[:2] for row in paths(block(), torch.randn(4, 8, 3, 2))] == [
+        ('cme', 'CME + TIM'), ('sme', 'SME, inference')]
+    assert [row[1] for row in paths(block(cme='none', sme='none'), torch.randn(4, 8, 3, 2))] == ['TIM']
+    assert [row[1] for row in paths(block(tim='none', sme='none'), torch.randn(4, 8, 3, 2))] == ['CME']
+
+
+def test_with_gradients_the_convolution_joins_cme_and_tim_and_its_input_is_not_kept():
+    made, x = block(), torch.randn(4, 8, 3, 2, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
+        made.conv1.register_forward_hook(lambda *args: None)
+        made(x)
+        with_hook = len({v.data_ptr() for v in kept if v.shape == x.shape})
+        kept.clear()
+        made.conv1._forward_hooks.clear()
+        y = made(x)
+    assert len({v.data_ptr() for v in kept if v.shape == x.shape}) == with_hook - 1
+    y.sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('train', [False, True])
+def test_a_block_is_its_parts(train):
+    made, x = block().train(train), torch.randn(8, 8, 3, 2)
+    state = {key: v.clone() for key, v in made.state_dict().items()}
+    with torch.set_grad_enabled(train):
+        got = made(x)
+        made.load_state_dict(state)
+        with use_path('reference'):
+            torch.testing.assert_close(got, made(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('which', ['cme', 'tim', 'conv1'])
+def test_hooks_on_the_parts_are_called(which):
+    made, x, seen = block(), torch.randn(4, 8, 3, 2), []
+    want = made(x)
+    handle = getattr(made, which).register_forward_hook(lambda m, args, y: seen.append(y.shape))
+    torch.testing.assert_close(made(x), want)
+    assert len(seen) == 1
+    handle.remove()
+    made(x)
+    assert len(seen) == 1
+    getattr(made, which).register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+    made(x)
+    assert len(seen) == 2
+
+
+def test_hooks_on_the_parts_of_sme_are_called():
+    layer, x, seen = SME(8, num_frames=4).eval(), torch.randn(4, 8, 3, 2), []
+    layer.conv.register_forward_hook(lambda *args: seen.append('conv'))
+    layer.bn.register_forward_hook(lambda *args: seen.append('bn'))
+    with torch.no_grad():
+        layer(x)
+    assert seen == ['conv', 'bn']
+
+
+def test_layers_of_another_arithmetic_are_called_as_they_are():
+    class Twice(TIM):
+        def forward_clips(self, x):
+            return 2 * super().forward_clips(x)
+
+        def forward_frames(self, x, num_frames):
+            return 2 * super().forward_frames(x, num_frames)
+
+    made, x = block(), torch.randn(4, 8, 3, 2)
+    twice = Twice(8, num_frames=4)
+    twice.load_state_dict(made.tim.state_dict())
+    with torch.no_grad():
+        want = made.cme(x)
+        made.tim = twice
+        seen = []
+        made.conv1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        made(x)
+    torch.testing.assert_close(seen[0], 2 * TIM.forward_frames(twice, want, 4))
+    released_block = released.CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2).eval()
+    assert [row[1] for row in paths(released_block, x)] == ['TIM', 'SME, inference']
+
+
+def test_a_layer_with_forward_clips_only_is_used():
+    class Rolled(SME):
+        def forward_clips(self, x):
+            return x.roll(1, 1)
+
+        def forward_frames(self, x, num_frames):
+            return super(SME, self).forward_frames(x, num_frames)
+
+    x = torch.randn(4, 8, 3, 2)
+    assert torch.equal(Rolled(8, num_frames=4)(x), x.roll(1, 0))
+
+
+def test_convolutions_that_are_not_pytorchs_own_run_themselves():
+    class Louder(nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    made, x = block(), torch.randn(4, 8, 3, 2)
+    conv = Louder(8, 4, 1, bias=False)
+    conv.load_state_dict(made.conv1.state_dict())
+    seen = []
+    with torch.no_grad():
+        made.bn1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+        made(x)
+        made.conv1 = conv
+        made(x)
+    torch.testing.assert_close(seen[1], 2 * seen[0])
+
+
+def test_a_retrofitted_network_takes_one_pass_for_cme_and_tim():
+    net = timm.create_model('resnet18', num_classes=3).eval()
+    report = retrofit(net, num_frames=4)
+    model, x = ClipModel(net, num_frames=4).eval(), torch.randn(1, 4, 3, 32, 32)
+    rows = paths(model, x)
+    kinds = [insertion.kind for insertion in report]
+    assert len(rows) == kinds.count('CME') + kinds.count('SME')
+    assert {row[1] for row in rows} == {'CME + TIM', 'SME, inference'}
+    assert all(row[0].startswith('model.layer') for row in rows)
+
+
+def test_explain_reads_as_a_table():
+    model = timm.create_model('cmr_resnet18', num_frames=2, cme='first').eval()
+    lines = str(explain(model, torch.randn(1, 2, 3, 32, 32))).splitlines()
+    assert lines[0] == 'layer1.0.cme  CME + TIM       plain (x is on cpu)'
+    assert lines[1] == 'layer1.0.sme  SME, inference  plain (x is on cpu)'
+    assert lines[2] == 'layer1.1.tim  TIM             plain (x is on cpu)'
+    assert len(lines) == 12
+
+
+def test_error_explain_wants_a_module_that_is_not_compiled():
+    for model in (torch.compile(TIM(8)), lambda x: x):
+        with pytest.raises(TypeError, match=r'^model must be an nn\.Module that is not compiled, got '):
+            explain(model, torch.randn(8, 8, 1, 1))
+
+
+def test_explaining_leaves_no_trace():
+    layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
+    explain(layer, x)
+    assert dispatch._log is None
+    with pytest.raises(ValueError):
+        explain(layer, torch.randn(6, 8, 3, 2))
+    assert dispatch._log is None
+
+
+def test_ops_exports_the_switch():
+    assert ops.use_path is use_path and ops.explain is explain
