@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.machine import describe
 from cmr_layers.ops import triton_conv, triton_front, triton_sme
+from cmr_layers.ops.dispatch import is_narrow
 
 # What a block may have: the architectures' limits.
 SHARED = {80: 166912, 90: 232448}
@@ -111,8 +112,9 @@ def stage_calls(dtype: torch.dtype, channels_last: bool, num_frames: int, stage:
         taps, square, norm = new(channels, 1, 3), new(channels, channels, 1, 1), new(channels)
         y, *saved = triton_front.front(x, num_frames, *weights, None, taps)
         triton_front.front_backward(y, x, num_frames, *weights, None, taps, *saved)
-        if channels_last and dtype is not torch.float32 and width <= 128:
-            triton_conv.gated_conv(x, num_frames, saved[3], taps, new(width, channels, 1, 1), norm)
+        weight = new(width, channels, 1, 1)
+        if is_narrow(x, num_frames, weight, [1, 1], [0, 0], 1):
+            triton_conv.gated_conv(x, num_frames, saved[3], taps, weight, norm)
         h, s, inverse_norm = triton_sme.motion_conv(x, num_frames, square, None)
         triton_sme.motion_gradient(h, x, num_frames, s, inverse_norm)
         triton_sme.sme(x, num_frames, square, None, norm, norm, norm, norm, 1e-5)

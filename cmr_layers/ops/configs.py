@@ -24,6 +24,8 @@ _TABLE: Dict[Tuple[str, bool], Rows] = {
     ('similarity', False): [(ANY, dict(ROWS=256, BLOCK_C=8, num_warps=4))],
     ('motion', True): [(ANY, dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3))],
     ('motion', False): [(ANY, dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=8, num_warps=8, num_stages=3))],
+    ('motion, float32', True): [(ANY, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3))],
+    ('motion, float32', False): [(ANY, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3))],
     ('product', True): [(ANY, dict(BLOCK_P=16, BLOCK_C=128, num_warps=4))],
     ('product', False): [(ANY, dict(BLOCK_P=128, BLOCK_C=16, num_warps=4))],
     ('unmotion', True): [(ANY, dict(FRAMES=8, BLOCK_P=16, BLOCK_C=64, num_warps=4))],

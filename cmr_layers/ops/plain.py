@@ -12,7 +12,10 @@ from torch import Tensor
 
 from .vectors import attention, gate_backward, key_bound, taps_backward
 
-__all__ = ['front', 'front_backward', 'mix', 'motion_conv', 'motion_conv_backward', 'similarity', 'sme']
+__all__ = [
+    'front', 'front_backward', 'mix', 'motion_conv', 'motion_conv_backward', 'normed_product', 'product', 'similarity',
+    'sme',
+]
 
 # Elements of a block. Smaller ones would fit in the L2 cache, but then the calls cost more than the memory.
 _BLOCK = 2 ** 19
@@ -219,7 +222,7 @@ def _product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _product(x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
+def product(x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool) -> Tensor:
     """The convolution of equation (8), weight (C, C), plus bias, plus x if it is the ``residual``.
 
     x (1 - s) and the sum that the product is added to are only ever made for the pixels of one matrix product.
@@ -227,7 +230,7 @@ def _product(x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], resid
     dtype, channels_last, y = _product_dtype(x), _is_channels_last(x), torch.empty_like(x)
     weight = weight.to(dtype)
     start = x.new_zeros(1, 1) if bias is None else bias.unsqueeze(1)
-    views = (_matrices(v, channels_last) for v in (x, y, (1 - s).to(x.dtype).unsqueeze(1)))
+    views = (_matrices(v, channels_last) for v in (x, y, (1 - s).to(dtype).unsqueeze(1)))
     for xb, yb, scale in zip(*views):
         total = yb if yb.dtype == dtype else torch.empty_like(yb, dtype=dtype)
         if residual:
@@ -255,7 +258,7 @@ def motion_conv(
         Convolved frames like x, and what :func:`similarity` returns.
     """
     s, inverse_norm = similarity(x, num_frames)
-    return _product(x, s, weight.flatten(1), bias, residual=False), s, inverse_norm
+    return product(x, s, weight.flatten(1), bias, residual=False), s, inverse_norm
 
 
 def motion_conv_backward(
@@ -273,7 +276,7 @@ def motion_conv_backward(
     acc, dtype, channels_last, (n, channels, height, width) = _acc(x), _product_dtype(x), _is_channels_last(x), x.shape
     gx, g_weight = torch.empty_like(x), x.new_zeros(channels, channels, dtype=acc)
     matrix = weight.flatten(1).t().to(dtype)
-    views = (_matrices(v, channels_last) for v in (x, _like(gh, x), gx, (1 - s).to(x.dtype).unsqueeze(1)))
+    views = (_matrices(v, channels_last) for v in (x, _like(gh, x), gx, (1 - s).to(dtype).unsqueeze(1)))
     for xb, gb, qb, scale in zip(*views):
         gb, motion = gb.to(dtype), (xb * scale).t().to(dtype)
         if dtype == acc:
@@ -324,6 +327,14 @@ def sme(
     Returns:
         Frames like x.
     """
+    return normed_product(x, similarity(x, num_frames)[0], weight, bias, mean, var, gamma, beta, eps)
+
+
+def normed_product(
+        x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], mean: Optional[Tensor], var: Optional[Tensor],
+        gamma: Optional[Tensor], beta: Optional[Tensor], eps: float,
+) -> Tensor:
+    """:func:`sme` of known similarities s, (N, H, W)."""
     acc, matrix = _acc(x), weight.flatten(1)
     if mean is not None and var is not None:
         scale = (var.to(acc) + eps).rsqrt_()
@@ -332,4 +343,4 @@ def sme(
         shift = -mean.to(acc) if bias is None else bias.to(acc) - mean
         bias = shift.mul_(scale) if beta is None else shift.mul_(scale).add_(beta)
         matrix = matrix.to(acc) * scale.unsqueeze(1)
-    return _product(x, similarity(x, num_frames)[0], matrix, bias, residual=True)
+    return product(x, s, matrix, bias, residual=True)

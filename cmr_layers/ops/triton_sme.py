@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .configs import config, next_power_of_2
 from .triton_front import strides
 
@@ -227,10 +228,17 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     return s, inverse_norm
 
 
+def _has_matrix_unit(x: Tensor) -> bool:
+    """Whether tensor cores may multiply: float32 only where PyTorch's convolutions may use tf32, as they do unless told
+    otherwise. Without them a library's product is the faster one.
+    """
+    return x.dtype is not torch.float32 or torch.backends.cudnn.conv.fp32_precision == 'tf32'
+
+
 def _product(
-        x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], norm: Any, residual: bool, dot: Any,
+        x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], norm: Any, residual: bool, dot: Any = None,
 ) -> Tensor:
-    """The matrix product with the epilogue that is asked for."""
+    """The matrix product with the epilogue that is asked for; ``dot`` is the dtype it is taken in, x's by default."""
     n, channels, height, width = x.shape
     out_channels, pixels = weight.shape[0], height * width
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
@@ -239,32 +247,36 @@ def _product(
     images = n
     if layout is torch.channels_last:  # one long row of pixels: no ragged edge at each frame
         images, pixels = 1, n * pixels
-    meta = config('motion', x)
+    meta = config('motion, float32' if x.dtype is torch.float32 else 'motion', x)
     grid = (triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(out_channels, meta['BLOCK_N']), images)
     _motion_kernel[grid](
         x, weight.flatten(1).contiguous(), s, bias, mean, var, gamma, beta, y, pixels, channels, out_channels,
         *strides(x), *strides(y), eps,
         HAS_BIAS=bias is not None, NORM=mean is not None, AFFINE=gamma is not None, RESIDUAL=residual,
         DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
-        PRECISION='ieee' if x.dtype is not torch.float32 or not torch.backends.cudnn.allow_tf32 else 'tf32', **meta)
+        PRECISION='tf32' if x.dtype is torch.float32 else 'ieee', **meta)
     return y
 
 
 def motion_conv(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], dot: Any = None,
+        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.plain.motion_conv`, in two launches. ``dot`` is the dtype that the matrix unit multiplies."""
+    """As :func:`.plain.motion_conv`, in two launches."""
     s, inverse_norm = similarity(x, num_frames)
-    return _product(x, s, weight, bias, (None, None, None, None, 0.), False, dot), s, inverse_norm
+    if not _has_matrix_unit(x):
+        return plain.product(x, s, weight.flatten(1), bias, residual=False), s, inverse_norm
+    return _product(x, s, weight, bias, (None, None, None, None, 0.), False), s, inverse_norm
 
 
 def sme(
         x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], mean: Optional[Tensor],
-        var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float, dot: Any = None,
+        var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float,
 ) -> Tensor:
     """As :func:`.plain.sme`, in two launches."""
     s, _ = similarity(x, num_frames)
-    return _product(x, s, weight, bias, (mean, var, gamma, beta, eps), True, dot)
+    if not _has_matrix_unit(x):
+        return plain.normed_product(x, s, weight, bias, mean, var, gamma, beta, eps)
+    return _product(x, s, weight, bias, (mean, var, gamma, beta, eps), True)
 
 
 def motion_gradient(

@@ -38,10 +38,9 @@ def gate_backward(
     Returns:
         Gradients of the pooled vectors, w1, w2, w3 and b3 (empty if None), the weights' in the weights' dtypes.
     """
-    clip = (-1, num_frames)
     g = torch.ops.aten.sigmoid_backward(g, gate)
-    d = attention(k.unflatten(0, clip)) if k.shape[0] else k.new_empty(0, num_frames, num_frames)
-    values, keys = z.view(d.shape[0], num_frames, -1), k.view(d.shape[0], num_frames, -1)
+    values, keys = (v.view(v.shape[0] // num_frames, num_frames, v.shape[1]) for v in (z, k))
+    d = attention(keys)
     fused = torch.baddbmm(values, d, values).flatten(0, 1)
     g_fused = torch.mm(g, w3.to(g.dtype))
     g_values = g_fused.view_as(values)
