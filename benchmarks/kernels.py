@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels --out benchmarks/results/kernels.json
 
-The launchers run on meta tensors of the real shapes; what they would launch is compiled for sm_80 and sm_90. A kernel
-passes if its shared memory fits, nothing spills to the stack, matrix products use the tensor cores, and 16-bit frames
-in channels_last are read 16 bytes at a time. A kernel that fails here would fail, or crawl, at launch only.
+The launchers run on meta tensors of the real shapes; what they would launch is compiled for sm_80, sm_90 and sm_120.
+A kernel passes if its shared memory fits, nothing spills to the stack, matrix products use the tensor cores, and 16-bit
+frames in channels_last are read 16 bytes at a time. One that fails here would fail, or crawl, at launch only.
 """
 import argparse
 import json
@@ -28,8 +28,9 @@ from cmr_layers.ops import triton_conv, triton_front, triton_sme
 from cmr_layers.ops.dispatch import is_narrow
 
 # What a block may have: the architectures' limits.
-SHARED = {80: 166912, 90: 232448}
-TENSOR_CORES = {80: 'HMMA', 90: 'HGMMA'}
+SHARED = {80: 101376, 90: 232448, 120: 101376}  # sm_80 has more, but what is compiled for it also runs on sm_86, sm_89
+TENSOR_CORES = {80: 'HMMA', 90: 'HGMMA', 120: 'HMMA'}
+GRID = 65535  # second and third dimension
 PRODUCTS = ('_motion_kernel', '_gated_conv_kernel')
 # Block inputs of a ResNet-50 at 224x224: channels, height, and width of conv1
 STAGES = ((64, 56, 64), (256, 56, 64), (256, 56, 128), (512, 28, 128), (512, 28, 256), (1024, 14, 256), (1024, 14, 512),
@@ -56,6 +57,7 @@ class _Recorder:
     def __getitem__(self, grid: Any) -> Callable[..., None]:
         def launch(*args: Any, **meta: Any) -> None:
             names = self.kernel.arg_names
+            assert all(size <= GRID for size in grid[1:]), (self.kernel, grid)
             options = {key: meta.pop(key) for key in list(meta) if key not in names}
             self.launches.append(_specialise(self.kernel, {**dict(zip(names, args)), **meta}, options))
         return launch
@@ -181,12 +183,13 @@ def collect(dtypes: list[str], layouts: list[bool], frames: list[int], stages: A
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument('--sm', nargs='+', type=int, choices=list(SHARED), default=list(SHARED))
     parser.add_argument('--frames', nargs='+', type=int, default=[8], help='frames of a clip')
     parser.add_argument('--out', type=Path, help='write the report there, as JSON')
     args = parser.parse_args()
     rows, bad = [], 0
     for launch in collect(args.dtypes, [True, False], args.frames):
-        for capability in SHARED:
+        for capability in args.sm:
             report = compile_for(launch, capability)
             wrong = failures(launch, capability, report)
             bad += bool(wrong)

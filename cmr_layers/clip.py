@@ -115,6 +115,11 @@ class ClipLayer(ClipModule):
     """
     channels: int
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if 'forward_clips' in vars(cls) and 'forward_frames' not in vars(cls):
+            cls.forward_frames = ClipLayer.forward_frames  # type: ignore[method-assign]  # not that of a base class
+
     def __init__(self, channels: int, num_frames: int) -> None:
         super().__init__(num_frames)
         self.channels = check_positive('channels', channels)

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_map_only
 
 from .clip import check_module
-from .front import is_bare, is_plain
+from .front import is_bare, is_plain, is_plain_norm
 
 __all__ = ['Stem', 'StemNorm', 'fold_norms', 'graphed']
 
@@ -62,9 +62,7 @@ def fold_norms(module: nn.Module) -> nn.Module:
 
 
 def _is_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    return (
-        is_plain(conv) and is_bare(norm)
-        and type(norm).forward is nn.BatchNorm2d.forward and norm.running_mean is not None)
+    return is_plain(conv) and is_plain_norm(norm)
 
 
 @torch.no_grad()

@@ -3,23 +3,24 @@
 Alone each of the two reads and writes its frames. Together they are one operator, and in training the convolution
 joins them, so that what it saw need not be kept.
 """
-from typing import Any, Sequence
+from typing import Any, Sequence, Type, TypeGuard
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from . import ops
+from .clip import ClipLayer
 from .cme import CME
 from .tim import TIM
 
-__all__ = ['front', 'is_bare', 'is_plain', 'run']
+__all__ = ['front', 'is_bare', 'is_plain', 'is_plain_norm', 'run']
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether calling the module does nothing but its forward: no hook of anybody's waits for the call."""
+    """Whether calling the module runs its class's forward and nothing else: nobody hooked or replaced it."""
     return not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        or torch.nn.modules.module._has_any_global_hook())
+        or 'forward' in vars(module) or torch.nn.modules.module._has_any_global_hook())
 
 
 def is_plain(conv: nn.Module) -> bool:
@@ -29,21 +30,33 @@ def is_plain(conv: nn.Module) -> bool:
         and is_bare(conv))
 
 
+def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether a module computes what PyTorch's batch norm does, and may be computed from its statistics."""
+    return (
+        isinstance(norm, nn.BatchNorm2d) and type(norm).forward is nn.BatchNorm2d.forward
+        and norm.running_mean is not None and is_bare(norm))
+
+
 def _fit(cme: nn.Module, tim: nn.Module) -> bool:
     """Whether two modules are a CME and a TIM that compute what the operator computes."""
     return (
-        isinstance(cme, CME) and type(cme).forward_frames is CME.forward_frames and is_bare(cme)
-        and isinstance(tim, TIM) and type(tim).forward_frames is TIM.forward_frames and is_bare(tim)
+        isinstance(cme, CME) and _is_own(cme, CME) and isinstance(tim, TIM) and _is_own(tim, TIM)
         and cme.num_frames == tim.num_frames and cme.channels == tim.channels)
+
+
+def _is_own(layer: ClipLayer, kind: Type[ClipLayer]) -> bool:
+    return (
+        type(layer).forward is ClipLayer.forward and type(layer).forward_frames is kind.forward_frames
+        and is_bare(layer))
 
 
 def front(cme: Any, tim: Any, conv: Any, x: Any) -> Tensor:
     """``conv(tim(cme(x)))``, with as few passes over the frames as the three allow."""
-    if isinstance(x, fx.Proxy) or x.ndim != 4 or not _fit(cme, tim):
+    if not isinstance(x, Tensor) or x.ndim != 4 or not _fit(cme, tim):  # FX passes a proxy
         y: Tensor = conv(tim(cme(x)))
         return y
     frames, num_frames = cme.frames(x)
-    if is_plain(conv):
+    if is_plain(conv) and not torch.jit.is_tracing():
         arguments = ops.Convolution(
             conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         if torch.is_grad_enabled() or ops.joins(frames, num_frames, tim.weight, arguments):

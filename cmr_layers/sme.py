@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import ops
 from .clip import ClipLayer
 from .deploy import fold_norms
-from .front import is_bare, is_plain
+from .front import is_bare, is_plain, is_plain_norm
 
 __all__ = ['SME']
 
@@ -87,12 +87,13 @@ class SME(ClipLayer):
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
         conv, bn = self.conv, self.bn
-        if not (is_plain(conv) and is_bare(bn)):
+        if not is_plain(conv):
+            ops.choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked or not an nn.Conv2d')
             return super().forward_frames(x, num_frames)
         if not torch.is_grad_enabled() and not torch.jit.is_tracing():
-            if isinstance(bn, nn.Identity):  # folded
+            if type(bn) is nn.Identity and is_bare(bn):  # folded
                 return ops.sme(x, num_frames, conv.weight, conv.bias, None, None, None, None, 0., owner=self)
-            if isinstance(bn, nn.BatchNorm2d) and not bn.training and bn.running_mean is not None:
+            if is_plain_norm(bn) and not bn.training:
                 return ops.sme(
                     x, num_frames, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
                     owner=self)

@@ -65,6 +65,19 @@ def test_transforms_of_torch_func_run_the_reference():
         torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent, layer(tangent))
 
 
+@pytest.mark.parametrize('transform', [
+    lambda f: lambda v, t: torch.func.jvp(f, (v,), (t,))[1], lambda f: lambda v, t: torch.vmap(f)(torch.stack([v, t])),
+    lambda f: lambda v, t: torch.func.grad(lambda u: f(u).square().sum())(v)], ids=['jvp', 'vmap', 'grad'])
+def test_transforms_of_torch_func_run_the_reference_when_compiled(transform):
+    layer, x, tangent = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2), torch.randn(4, 8, 3, 2)
+    f = transform(layer)
+    with torch.no_grad():
+        want = f(x, tangent)
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(f, backend='eager')(x, tangent), want)
+    assert want.abs().max() > .1
+
+
 def test_a_subclass_of_tensor_runs_the_reference():
     class Marked(torch.Tensor):
         pass
@@ -175,6 +188,20 @@ def test_a_block_is_its_parts(train):
             torch.testing.assert_close(got, made(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('which', ['cme', 'tim', 'conv1', 'sme.conv', 'sme.bn'])
+@pytest.mark.parametrize('grad', [False, True])
+def test_forwards_patched_on_an_instance_are_called(which, grad):
+    # as Accelerate's hooks and many profilers do
+    made, x, seen = block(), torch.randn(4, 8, 3, 2), []
+    with torch.set_grad_enabled(grad):
+        want = made(x)
+        part = made.get_submodule(which)
+        forward = part.forward
+        part.forward = lambda v: seen.append(which) or forward(v)
+        torch.testing.assert_close(made(x), want)
+    assert seen == [which]
+
+
 @pytest.mark.parametrize('which', ['cme', 'tim', 'conv1'])
 def test_hooks_on_the_parts_are_called(which):
     made, x, seen = block(), torch.randn(4, 8, 3, 2), []
@@ -190,6 +217,42 @@ def test_hooks_on_the_parts_are_called(which):
     assert len(seen) == 2
 
 
+class Tripled(nn.BatchNorm2d):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+@pytest.mark.parametrize('norm_layer', [
+    timm.layers.BatchNormAct2d, Tripled, lambda n, **kw: nn.BatchNorm2d(n, affine=False),
+    lambda n, **kw: nn.GroupNorm(2, n),
+    nn.Identity,
+], ids=['BatchNormAct2d', 'subclass', 'not affine', 'GroupNorm', 'Identity'])
+def test_sme_in_inference_is_what_it_is_with_gradients(norm_layer):
+    layer, x = SME(8, num_frames=4, norm_layer=norm_layer).eval(), torch.randn(4, 8, 3, 2)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.uniform_(.5, 1)
+    want = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), want)
+    with use_path('reference'):
+        torch.testing.assert_close(layer(x), want)
+
+
+def test_explain_tells_of_a_convolution_of_smes_that_is_not_plain():
+    layer = SME(8, num_frames=4).eval()
+    nn.utils.parametrizations.weight_norm(layer.conv)
+    assert paths(layer, torch.randn(4, 8, 3, 2)) == [
+        ('SME', 'SME', 'reference', 'its convolution is hooked or not an nn.Conv2d')]
+
+
+def test_a_traced_network_is_the_reference():
+    model, x = timm.create_model('cmr_resnet18', num_frames=2, num_classes=3).eval(), torch.randn(1, 2, 3, 32, 32)
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
+    assert 'cmr_layers::' not in str(traced.inlined_graph)
+
+
 def test_hooks_on_the_parts_of_sme_are_called():
     layer, x, seen = SME(8, num_frames=4).eval(), torch.randn(4, 8, 3, 2), []
     layer.conv.register_forward_hook(lambda *args: seen.append('conv'))
@@ -199,14 +262,25 @@ def test_hooks_on_the_parts_of_sme_are_called():
     assert seen == ['conv', 'bn']
 
 
-def test_layers_of_another_arithmetic_are_called_as_they_are():
-    class Twice(TIM):
-        def forward_clips(self, x):
-            return 2 * super().forward_clips(x)
+class TwiceClips(TIM):
+    def forward_clips(self, x):
+        return 2 * super().forward_clips(x)
 
-        def forward_frames(self, x, num_frames):
-            return 2 * super().forward_frames(x, num_frames)
 
+class TwiceFrames(TIM):
+    def forward_frames(self, x, num_frames):
+        return 2 * super().forward_frames(x, num_frames)
+
+
+class Twice(TIM):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize('Twice', [TwiceClips, TwiceFrames, Twice])
+def test_layers_of_another_arithmetic_are_called_as_they_are(Twice):
+    x = torch.randn(4, 8, 3, 2)
+    torch.testing.assert_close(Twice(8, num_frames=4)(x), 2 * TIM(8, num_frames=4)(x))
     made, x = block(), torch.randn(4, 8, 3, 2)
     twice = Twice(8, num_frames=4)
     twice.load_state_dict(made.tim.state_dict())
@@ -226,11 +300,13 @@ def test_a_layer_with_forward_clips_only_is_used():
         def forward_clips(self, x):
             return x.roll(1, 1)
 
-        def forward_frames(self, x, num_frames):
-            return super(SME, self).forward_frames(x, num_frames)
-
     x = torch.randn(4, 8, 3, 2)
     assert torch.equal(Rolled(8, num_frames=4)(x), x.roll(1, 0))
+
+
+def test_error_a_block_wants_a_tensor():
+    with pytest.raises(TypeError, match=r"^x must be a tensor, got <class 'list'>$"):
+        block()([1])
 
 
 def test_convolutions_that_are_not_pytorchs_own_run_themselves():

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 pytest.importorskip('triton')
-from benchmarks import kernels  # noqa: E402  (it imports triton)
-from cmr_layers.ops import triton_front  # noqa: E402
+from benchmarks import kernels
+from cmr_layers.ops import triton_front
 
 EARLY, LATE = (256, 56, 128), (2048, 7, 512)
 CASES = {

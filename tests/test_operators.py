@@ -89,16 +89,18 @@ def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtyp
 
 @pytest.mark.parametrize('name', ['front', 'front, CME alone', 'front, TIM alone', 'front_conv', 'front_conv, 3x3',
                                   'motion_conv', 'motion_conv, no bias'])
-@pytest.mark.parametrize('layout', LAYOUTS)
-def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout):
+@pytest.mark.parametrize('layout, learns', [('contiguous', True), ('channels_last', True), ('channels_last', False)])
+def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, learns):
     args = arguments(name, LAYOUTS[layout], grad=True)
     y, *saved = operator(name)(*args)
     kind = name.partition(',')[0]
     tensors = [v.detach() if isinstance(v, torch.Tensor) else v for v in args]
     if kind == 'motion_conv':
-        backward = torch.randn_like(y), *tensors[:3], tensors[3], *saved
+        backward = torch.randn_like(y), *tensors[:4], *saved
     else:
         backward = torch.randn_like(y), *tensors[:7], *saved, *tensors[7:]
+    if kind != 'front':
+        backward = *backward, learns
     run = getattr(OPS, f'{kind}_backward').default
     opcheck(run, backward)
     with FakeTensorMode() as mode:
@@ -154,6 +156,15 @@ def test_what_needs_no_gradient_gets_none(form):
     x, taps = args[0].requires_grad_(), args[6].requires_grad_()
     gradients = torch.autograd.grad(call('front', args).sum(), [x, taps])
     assert all(g.isfinite().all() for g in gradients)
+    for name in ('front_conv', 'motion_conv'):
+        args = list(arguments(name, grad=True))
+        index = 7 if name == 'front_conv' else 2
+        want = torch.autograd.grad(call(name, args).square().sum(), args[0])[0]
+        args[index] = args[index].detach()  # frozen
+        with FlopCounterMode(display=False) as counter:
+            got, = torch.autograd.grad(call(name, args).square().sum(), args[0])
+        torch.testing.assert_close(got, want)
+        assert counter.get_total_flops() > 0
     assert not call('front', arguments('front')).requires_grad
 
 
@@ -312,11 +323,11 @@ def test_the_cuda_branch_under_fake_tensors(fake_cuda, dtype, train):
     cme, taps, conv = block.cme.weights(), block.tim.weight, block.conv1.weight
     vectors = [x.new_empty(16, width, dtype=torch.float32) for width in (256, 32, 32, 256)]
     gx, *g_weights = OPS.front_conv_backward(
-        y[:, :64], x, 8, *cme, taps, *vectors, conv, None, [1, 1], [0, 0], [1, 1], 1)
+        y[:, :64], x, 8, *cme, taps, *vectors, conv, None, [1, 1], [0, 0], [1, 1], 1, True)
     assert (gx.shape, gx.stride(), gx.dtype) == (x.shape, x.stride(), dtype)
     assert [g.shape for g in g_weights] == [w.shape for w in cme[:3]] + [(0,), taps.shape, conv.shape, (0,)]
     s = x.new_empty(16, 14, 14, dtype=torch.float32)
-    gx, *_ = OPS.motion_conv_backward(y.contiguous(), x, 8, block.sme.conv.weight, None, s, s)
+    gx, *_ = OPS.motion_conv_backward(y.contiguous(), x, 8, block.sme.conv.weight, None, s, s, True)
     assert (gx.shape, gx.stride(), gx.dtype) == (x.shape, x.stride(), dtype)
 
 
@@ -335,7 +346,6 @@ def test_what_explain_says_of_a_gpu(fake_cuda):
     ('old GPU', {'capability': (7, 5)}, 'the GPU has compute capability 7.5, 8.0 is wanted'),
     ('no triton', {'triton': False}, 'triton is not installed'),
     ('ROCm', {'hip': '6.4'}, 'the kernels have not been tried on ROCm'),
-    ('many frames', {'frames': 200}, 'clips of 200 frames, at most 128 fit'),
     ('five taps', {'taps': 5}, 'TIM has 5 taps, the kernels know 1 and 3'),
     ('huge', {'size': 1024}, 'clips of 8 frames of 4x1024x1024 are too large'),
 ])

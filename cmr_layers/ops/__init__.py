@@ -4,11 +4,11 @@
 (:mod:`.operators`) with kernels in Triton (``triton_*``) or as PyTorch calls (:mod:`.plain`). :func:`use_path` forces a
 path, :func:`explain` says which one each layer of a model takes, and why.
 """
-from .dispatch import explain, use_path
+from .dispatch import choose, explain, use_path
 from .layers import CMEWeights, Convolution, front, front_conv, joins, motion_conv, sme
 from .reference import cme, cme_gate, motion, similarity, tim
 
 __all__ = [
-    'CMEWeights', 'Convolution', 'cme', 'cme_gate', 'explain', 'front', 'front_conv', 'joins', 'motion',
+    'CMEWeights', 'Convolution', 'choose', 'cme', 'cme_gate', 'explain', 'front', 'front_conv', 'joins', 'motion',
     'motion_conv', 'similarity', 'sme', 'tim', 'use_path',
 ]

@@ -19,9 +19,6 @@ __all__ = ['PATHS', 'Decision', 'Explanation', 'choose', 'explain', 'is_narrow',
 PATHS = ('auto', 'triton', 'plain', 'reference')
 VARIABLE = 'CMR_LAYERS_PATH'
 
-# Frames that the kernel of equations (4) to (6) holds at once.
-MAX_FRAMES = 128
-
 
 class Decision(NamedTuple):
     """What was decided for a call of a layer, and why."""
@@ -45,8 +42,9 @@ _log: Optional[List[Decision]] = None
 def use_path(path: str) -> Iterator[None]:
     """Force a path for all layers of the process, within a ``with`` block.
 
-    The environment variable ``CMR_LAYERS_PATH`` does the same from the start of the process. Between 'triton' and
-    'plain' a backward pass decides anew, when it runs; that of the reference is autograd's.
+    The environment variable ``CMR_LAYERS_PATH`` does the same from the start of the process. The switch is one for all
+    threads: leave the blocks in the order that nests them. Between 'triton' and 'plain' a backward pass decides anew,
+    when it runs, and so does a forward pass that gradient checkpointing repeats; that of the reference is autograd's.
 
     Args:
         path: 'triton', 'plain' or 'reference', or 'auto' for the dispatcher's own choice.
@@ -90,12 +88,10 @@ def triton_obstacle(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -
     major, minor = _capability(x.device.index)
     if major < 8:
         return f'the GPU has compute capability {major}.{minor}, 8.0 is wanted'
-    if num_frames > MAX_FRAMES:
-        return f'clips of {num_frames} frames, at most {MAX_FRAMES} fit'
     if taps is not None and taps.shape[2] not in (1, 3):
         return f'TIM has {taps.shape[2]} taps, the kernels know 1 and 3'
     _, channels, height, width = x.shape
-    if height * width >= 2 ** 20 or num_frames * channels * height * width >= 2 ** 31:
+    if height * width >= 2 ** 20 or num_frames * channels * height * width >= 2 ** 30:
         return f'clips of {num_frames} frames of {channels}x{height}x{width} are too large'
     return ''
 
@@ -137,13 +133,13 @@ def _operator_obstacle(x: Tensor, num_frames: int, weights: Sequence[Optional[Te
         for weight in weights:
             if weight is not None and weight.dtype != x.dtype:
                 return f'x is {x.dtype} and a weight {weight.dtype}'
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return 'a transform of torch.func is active'
+    if torch.autograd.forward_ad._current_level >= 0:
+        return 'forward-mode differentiation is active'
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() and _path == 'auto':
             return 'torch.jit.trace: a graph without operators of this package'
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return 'a transform of torch.func is active'
-        if torch.autograd.forward_ad._current_level >= 0:
-            return 'forward-mode differentiation is active'
         kind = type(x)
         if kind is not Tensor and kind is not nn.Parameter and not kind.__module__.startswith('torch._subclasses'):
             return f'x is a {kind.__name__}'

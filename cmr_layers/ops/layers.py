@@ -39,16 +39,19 @@ def _name(cme: CMEWeights, taps: Optional[Tensor]) -> str:
 
 def front(x: Tensor, num_frames: int, cme: CMEWeights, taps: Optional[Tensor], owner: Any = None) -> Tensor:
     """CME and then TIM, either of which may be missing: equations (1) to (6), and a convolution over the frames."""
-    path = choose(owner, _name(cme, taps), x, num_frames, [*cme, taps], taps)
-    if path == 'reference':
-        clips = reference.clips(x, num_frames)
-        if cme.w1 is not None and cme.w2 is not None and cme.w3 is not None:
-            clips = reference.cme(clips, cme.w1, cme.w2, cme.w3, cme.b3)
-        if taps is not None:
-            clips = reference.tim(clips, taps)
-        return clips.reshape(x.shape)
+    if choose(owner, _name(cme, taps), x, num_frames, [*cme, taps], taps) == 'reference':
+        return _reference_front(x, num_frames, cme, taps)
     y: Tensor = torch.ops.cmr_layers.front(x, num_frames, *cme, taps)[0]
     return y
+
+
+def _reference_front(x: Tensor, num_frames: int, cme: CMEWeights, taps: Optional[Tensor]) -> Tensor:
+    clips = reference.clips(x, num_frames)
+    if cme.w1 is not None and cme.w2 is not None and cme.w3 is not None:
+        clips = reference.cme(clips, cme.w1, cme.w2, cme.w3, cme.b3)
+    if taps is not None:
+        clips = reference.tim(clips, taps)
+    return clips.reshape(x.shape)
 
 
 def front_conv(
@@ -57,7 +60,7 @@ def front_conv(
     """CME, TIM and the convolution behind them. What the convolution sees is not kept for the backward pass."""
     path = choose(owner, f'{_name(cme, taps)} + conv', x, num_frames, [*cme, taps, conv.weight, conv.bias], taps)
     if path == 'reference':
-        return F.conv2d(front(x, num_frames, cme, taps, owner), *conv)
+        return F.conv2d(_reference_front(x, num_frames, cme, taps), *conv)
     y: Tensor = torch.ops.cmr_layers.front_conv(x, num_frames, *cme, taps, *conv)[0]
     return y
 
@@ -74,9 +77,13 @@ def motion_conv(
     """The 1x1 convolution of equation (8), of the frames weighted by their motion."""
     path = choose(owner, 'SME', x, num_frames, [weight, bias], obstacle=_still(num_frames))
     if path == 'reference':
-        return F.conv2d(reference.motion(reference.clips(x, num_frames)).reshape(x.shape), weight, bias)
+        return _reference_motion_conv(x, num_frames, weight, bias)
     h: Tensor = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias)[0]
     return h
+
+
+def _reference_motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    return F.conv2d(reference.motion(reference.clips(x, num_frames)).reshape(x.shape), weight, bias)
 
 
 def sme(
@@ -86,7 +93,7 @@ def sme(
     """All of equation (8) with the batch norm's running statistics, or without one; it has no derivative."""
     path = choose(owner, 'SME, inference', x, num_frames, [weight, bias], obstacle=_still(num_frames))
     if path == 'reference':
-        h = motion_conv(x, num_frames, weight, bias, owner)
+        h = _reference_motion_conv(x, num_frames, weight, bias)
         return x + (h if mean is None or var is None else F.batch_norm(h, mean, var, gamma, beta, eps=eps))
     v: Tensor = torch.ops.cmr_layers.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps)
     return v

@@ -28,12 +28,13 @@ _SCHEMAS = (
     f'front_backward(Tensor gy, Tensor x, int num_frames, {_CME}, {_SAVED}) -> '
     '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
     f'front_conv(Tensor x, int num_frames, {_CME}, {_CONV}) -> {_FIVE}',
-    f'front_conv_backward(Tensor gy, Tensor x, int num_frames, {_CME}, {_SAVED}, {_CONV}) -> '
+    f'front_conv_backward(Tensor gy, Tensor x, int num_frames, {_CME}, {_SAVED}, {_CONV}, '
+    'bool learns) -> '
     '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
     # the convolution of equation (8), then the similarities and inverse norms
     'motion_conv(Tensor x, int num_frames, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)',
     'motion_conv_backward(Tensor gh, Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor s, '
-    'Tensor inverse_norm) -> (Tensor, Tensor, Tensor)',
+    'Tensor inverse_norm, bool learns) -> (Tensor, Tensor, Tensor)',
     # all of equation (8) with the running statistics; it has no derivative
     'sme(Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, '
     'Tensor? beta, float eps) -> Tensor',
@@ -84,11 +85,6 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format if x.is_contiguous() else torch.channels_last
 
 
-def _like(g: Tensor, x: Tensor) -> Tensor:
-    """A gradient in the layout and dtype of the frames; autograd hands over whatever comes."""
-    return g.to(x.dtype).contiguous(memory_format=_layout(x))
-
-
 def _form(x: Tensor, num_frames: int, taps: Maybe = None) -> Any:
     """The module with the functions for these frames."""
     if not runs_triton(x, num_frames, taps):
@@ -123,7 +119,7 @@ def _front_backward(
 ) -> Tuple[Tensor, ...]:
     x = _dense(x)
     result: Tuple[Tensor, ...] = _form(x, num_frames, taps).front_backward(
-        _like(gy, x), x, num_frames, w1, w2, w3, b3, taps, pooled, z, k, gate)
+        plain.like(gy, x), x, num_frames, w1, w2, w3, b3, taps, pooled, z, k, gate)
     return result
 
 
@@ -153,11 +149,11 @@ def _front_conv(
         weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int,
 ) -> Tuple[Tensor, ...]:
     x = _dense(x)
-    if (w1 is not None and w2 is not None and w3 is not None and taps is not None and taps.shape[2] == 3
+    if (taps is not None and w1 is not None and w2 is not None and w3 is not None
             and runs_triton(x, num_frames, taps) and is_narrow(x, num_frames, weight, stride, padding, groups)):
         from . import triton_conv, triton_front
-        vectors = triton_front.gates(x, num_frames, w1, w2, w3, b3)
-        return triton_conv.gated_conv(x, num_frames, vectors[3], taps, weight, bias), *vectors
+        saved = triton_front.gates(x, num_frames, w1, w2, w3, b3)
+        return triton_conv.gated_conv(x, num_frames, saved[3], taps, weight, bias), *saved
     u, *vectors = _front(x, num_frames, w1, w2, w3, b3, taps)
     return _convolution(u, weight, bias, stride, padding, dilation, groups), *vectors
 
@@ -175,30 +171,31 @@ def _fake_front_conv(
 def _front_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
         pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
-        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int,
+        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, learns: bool,
 ) -> Tuple[Tensor, ...]:
-    x = _dense(x)
+    x, gy = _dense(x), gy.contiguous(memory_format=_layout(_dense(x)))
     form = _form(x, num_frames, taps)
     # What the convolution saw is as large as x, and cheap to compute again from gates and taps.
     u = form.mix(x, num_frames, None if w1 is None else gate, taps)
     gu, g_weight, _ = torch.ops.aten.convolution_backward(
-        _like(gy, x), u, weight.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups,
-        [True, True, False])
+        gy.to(x.dtype), u, weight.to(x.dtype), None, stride, padding, dilation, False, [0, 0], groups,
+        [True, learns, False])
     del u
+    g_weight = g_weight.to(weight.dtype).contiguous() if learns else x.new_empty(0)
     g_bias = x.new_empty(0) if bias is None else gy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
     return (
-        *form.front_backward(_like(gu, x), x, num_frames, w1, w2, w3, b3, taps, pooled, z, k, gate),
-        g_weight.to(weight.dtype).contiguous(), g_bias)
+        *form.front_backward(plain.like(gu, x), x, num_frames, w1, w2, w3, b3, taps, pooled, z, k, gate),
+        g_weight, g_bias)
 
 
 @_fake
 def _fake_front_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
         pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
-        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int,
+        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, learns: bool,
 ) -> Tuple[Tensor, ...]:
-    return (
-        torch.empty_like(_dense(x)), *(_gradient(x, w) for w in (w1, w2, w3, b3, taps, weight, bias)))
+    weights = w1, w2, w3, b3, taps, weight if learns else None, bias
+    return torch.empty_like(_dense(x)), *(_gradient(x, w) for w in weights)
 
 
 @_implement
@@ -220,17 +217,20 @@ def _fake_motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe) -
 @_implement
 def _motion_conv_backward(
         gh: Tensor, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor,
+        learns: bool,
 ) -> Tuple[Tensor, ...]:
     x = _dense(x)
-    gh = _like(gh, x)
+    gh = plain.like(gh, x)
     g_bias = x.new_empty(0) if bias is None else gh.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
     if not runs_triton(x, num_frames):
-        return *plain.motion_conv_backward(gh, x, num_frames, weight, s, inverse_norm), g_bias
+        return *plain.motion_conv_backward(gh, x, num_frames, weight, s, inverse_norm, learns), g_bias
     from . import triton_sme
     convolution = torch.ops.aten.convolution_backward
     unit: Tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
     q = convolution(gh, x, weight.to(x.dtype), None, *unit, [True, False, False])[0]
-    gx, m = triton_sme.motion_gradient(_like(q, x), x, num_frames, s, inverse_norm)
+    gx, m = triton_sme.motion_gradient(plain.like(q, x), x, num_frames, s, inverse_norm)
+    if not learns:
+        return gx, x.new_empty(0), g_bias
     g_weight = convolution(gh, m, weight.to(x.dtype), None, *unit, [False, True, False])[1]
     return gx, g_weight.to(weight.dtype).contiguous(), g_bias
 
@@ -238,8 +238,9 @@ def _motion_conv_backward(
 @_fake
 def _fake_motion_conv_backward(
         gh: Tensor, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor,
+        learns: bool,
 ) -> Tuple[Tensor, ...]:
-    return torch.empty_like(_dense(x)), _gradient(x, weight), _gradient(x, bias)
+    return torch.empty_like(_dense(x)), _gradient(x, weight if learns else None), _gradient(x, bias)
 
 
 @_implement
@@ -280,8 +281,10 @@ def _differentiate_front(ctx: Any, gy: Maybe, *rest: Any) -> Tuple[Any, ...]:
     if len(tensors) == 9:
         gx, *gradients = _OPS.front_backward(gy, x, ctx.num_frames, *tensors)
         return gx, None, *_gradients(tensors[:5], gradients)
-    gx, *gradients = _OPS.front_conv_backward(gy, x, ctx.num_frames, *tensors, *ctx.convolution)
-    return gx, None, *_gradients([*tensors[:5], *tensors[9:]], gradients), None, None, None, None
+    learns = ctx.needs_input_grad[7]  # a weight that is frozen, as a pretrained network's may be, costs nothing
+    gx, *gradients = _OPS.front_conv_backward(gy, x, ctx.num_frames, *tensors, *ctx.convolution, learns)
+    inputs = [*tensors[:5], tensors[9] if learns else None, tensors[10]]
+    return gx, None, *_gradients(inputs, gradients), None, None, None, None
 
 
 def _save_motion(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
@@ -295,8 +298,10 @@ def _differentiate_motion(ctx: Any, gh: Maybe, *rest: Any) -> Tuple[Any, ...]:
     if gh is None:
         return None, None, None, None
     x, weight, bias, s, inverse_norm = ctx.saved_tensors
-    gx, g_weight, g_bias = _OPS.motion_conv_backward(gh, x, ctx.num_frames, weight, bias, s, inverse_norm)
-    return gx, None, g_weight, None if bias is None else g_bias
+    learns = ctx.needs_input_grad[2]
+    gx, g_weight, g_bias = _OPS.motion_conv_backward(
+        gh, x, ctx.num_frames, weight, bias, s, inverse_norm, learns)
+    return gx, None, g_weight if learns else None, None if bias is None else g_bias
 
 
 def _refuse(ctx: Any, *gradients: Any) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from .vectors import attention, gate_backward, key_bound, taps_backward
 
 __all__ = [
-    'front', 'front_backward', 'mix', 'motion_conv', 'motion_conv_backward', 'normed_product', 'product', 'similarity',
-    'sme',
+    'front', 'front_backward', 'gates', 'like', 'mix', 'motion_conv', 'motion_conv_backward', 'normed_product',
+    'product', 'similarity', 'sme',
 ]
 
 # Elements of a block. Smaller ones would fit in the L2 cache, but then the calls cost more than the memory.
@@ -34,13 +34,20 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 def _blocks(x: Tensor, num_frames: int, dim: int, *others: Tensor) -> Iterator[List[Tensor]]:
-    """Blocks of whole clips, cut along dimension ``dim``, of x and others; all are (..., N, C, H*W) or expand to it."""
-    size = x.shape[dim]
-    step = max(1, _BLOCK * size // max(1, num_frames * x.shape[1] * x.shape[2])) if x.device.type == 'cpu' else size
-    tensors = [v.expand(*v.shape[:-3], *x.shape) for v in (x, *others)]
-    for n in range(0, x.shape[0], num_frames):
+    """Blocks (..., clips, T, C, H*W) of x and others, which are (..., N, C, H*W) or expand to it.
+
+    A block is a few small clips, or a large one cut along dimension ``dim``; where there is no cache to fit, it is all.
+    """
+    size, clips = x.shape[dim], x.shape[0] // num_frames
+    clip = max(1, num_frames * x.shape[1] * x.shape[2])
+    step, group = max(1, _BLOCK * size // clip), max(1, _BLOCK // clip)
+    if x.device.type != 'cpu':
+        step, group = size, clips
+    tensors = [v.expand(*v.shape[:-3], *x.shape).unflatten(-3, (clips, num_frames)) for v in (x, *others)]
+    for n in range(0, clips, max(1, group)):
         for start in range(0, size, step):
-            yield [v.narrow(-3, n, num_frames).narrow(dim - 3, start, min(step, size - start)) for v in tensors]
+            yield [
+                v.narrow(-4, n, min(group, clips - n)).narrow(dim - 3, start, min(step, size - start)) for v in tensors]
 
 
 def _outer(x: Tensor) -> int:
@@ -48,7 +55,7 @@ def _outer(x: Tensor) -> int:
     return 2 if _is_channels_last(x) else 1
 
 
-def _like(g: Tensor, x: Tensor) -> Tensor:
+def like(g: Tensor, x: Tensor) -> Tensor:
     """A gradient with the strides and the dtype of the frames."""
     return g.to(x.dtype) if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
@@ -98,7 +105,7 @@ def mix(
         middle, *rest = _spans(scales.shape[0], num_frames)
         torch.mul(xb, sb[middle[0]], out=total)
         for k, to, source in rest:
-            total[to].addcmul_(xb[source], sb[k, to if transpose else source])
+            total[:, to].addcmul_(xb[:, source], sb[k, :, to if transpose else source])
         for v in ob:
             total.add_(v)
         if total is not yb:
@@ -122,10 +129,18 @@ def front(
         Frames y like x, and in acc, empty if there is no CME: pooled vectors (N, C), values z (N, C1), clamped keys
         k (N, C2), gates (N, C).
     """
-    acc = _acc(x)
     if w1 is None or w2 is None or w3 is None:
-        pooled, z, k, gate = (x.new_empty(0, dtype=acc) for _ in range(4))
+        pooled, z, k, gate = (x.new_empty(0, dtype=_acc(x)) for _ in range(4))
         return mix(x, num_frames, None, taps), pooled, z, k, gate
+    pooled, z, k, gate = gates(x, num_frames, w1, w2, w3, b3)
+    return mix(x, num_frames, gate, taps), pooled, z, k, gate
+
+
+def gates(
+        x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Equations (2) to (6): what :func:`front` returns besides y."""
+    acc = _acc(x)
     pooled = x.mean((2, 3), dtype=acc)
     z = torch.mm(pooled, w1.to(acc).t())
     k = torch.mm(pooled, w2.to(acc).t())
@@ -136,8 +151,7 @@ def front(
     gate = torch.mm(fused, w3.to(acc).t())
     if b3 is not None:
         gate.add_(b3)
-    gate.sigmoid_()
-    return mix(x, num_frames, gate, taps), pooled, z, k, gate
+    return pooled, z, k, gate.sigmoid_()
 
 
 def front_backward(
@@ -152,7 +166,7 @@ def front_backward(
     Returns:
         Gradients of x, like x, and of w1, w2, w3, b3 and taps in their dtypes, empty where there is none.
     """
-    gy = _like(gy, x)
+    gy = like(gy, x)
     g_gate, g_taps = taps_backward(
         _correlate(x, gy, num_frames, 1 if taps is None else taps.shape[2]), None if w3 is None else gate, taps)
     if w1 is None or w2 is None or w3 is None:
@@ -170,7 +184,7 @@ def _correlate(x: Tensor, gy: Tensor, num_frames: int, num_taps: int) -> Tensor:
     for xb, gb, sb in _blocks(frames, num_frames, _outer(x), gy.flatten(2), sums):
         xb, gb = xb.to(acc), gb.to(acc)
         for k, to, source in _spans(num_taps, num_frames):
-            sb[k, source, :, 0] += (xb[source] * gb[to]).sum(2)
+            sb[k, :, source, :, 0] += (xb[:, source] * gb[:, to]).sum(3)
     return sums.squeeze(3)
 
 
@@ -183,19 +197,19 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     s, inverse_norm = (x.new_ones(n, 1, height * width, dtype=acc) for _ in range(2))
     if num_frames > 1:
         for xb, sb, ib in _blocks(x.flatten(2), num_frames, 2, s, inverse_norm):
-            xb, sb, ib = xb.to(acc), sb[:, 0], ib[:, 0]
-            energy = (xb * xb).sum(1)
+            xb, sb, ib = xb.to(acc), sb[:, :, 0], ib[:, :, 0]
+            energy = (xb * xb).sum(2)
             if x.device.type != 'cpu' or not energy.amax() < _FINITE:  # elsewhere to ask costs more than to do it
-                largest = xb.abs().amax(1)
+                largest = xb.abs().amax(2)
                 scale = torch.where(largest > 1e15, largest, 1.)
-                xb = xb / scale.unsqueeze(1)
-                energy = (xb * xb).sum(1)
+                xb = xb / scale.unsqueeze(2)
+                energy = (xb * xb).sum(2)
             else:
                 scale = energy.new_ones(())
             root = torch.where(energy > 1e-24, energy, 1.).rsqrt_()
             torch.div(root, scale, out=ib)
-            torch.sum(xb[:-1] * xb[1:], 1, out=sb[:-1]).mul_(root[:-1]).mul_(root[1:])
-            sb[-1] = sb[-2]
+            torch.sum(xb[:, :-1] * xb[:, 1:], 2, out=sb[:, :-1]).mul_(root[:, :-1]).mul_(root[:, 1:])
+            sb[:, -1] = sb[:, -2]
     return s.view(n, height, width), inverse_norm.view(n, height, width)
 
 
@@ -262,27 +276,28 @@ def motion_conv(
 
 
 def motion_conv_backward(
-        gh: Tensor, x: Tensor, num_frames: int, weight: Tensor, s: Tensor, inverse_norm: Tensor,
+        gh: Tensor, x: Tensor, num_frames: int, weight: Tensor, s: Tensor, inverse_norm: Tensor, learns: bool = True,
 ) -> Tuple[Tensor, Tensor]:
     """Derivative of :func:`motion_conv`; that of the bias, the sum of gh, is not among it.
 
     Args:
         gh: Gradient of the convolved frames, in any layout; the other arguments are those of :func:`motion_conv` and
             what it returned.
+        learns: Whether the gradient of the weight is wanted.
 
     Returns:
-        Gradients of x, like x, and of the weight, in its dtype.
+        Gradients of x, like x, and of the weight, in its dtype, or empty.
     """
     acc, dtype, channels_last, (n, channels, height, width) = _acc(x), _product_dtype(x), _is_channels_last(x), x.shape
     gx, g_weight = torch.empty_like(x), x.new_zeros(channels, channels, dtype=acc)
     matrix = weight.flatten(1).t().to(dtype)
-    views = (_matrices(v, channels_last) for v in (x, _like(gh, x), gx, (1 - s).to(dtype).unsqueeze(1)))
+    views = (_matrices(v, channels_last) for v in (x, like(gh, x), gx, (1 - s).to(dtype).unsqueeze(1)))
     for xb, gb, qb, scale in zip(*views):
-        gb, motion = gb.to(dtype), (xb * scale).t().to(dtype)
-        if dtype == acc:
-            g_weight.addmm_(gb, motion)
-        else:
-            g_weight.add_(torch.mm(gb, motion))
+        gb = gb.to(dtype)
+        if learns and dtype == acc:
+            g_weight.addmm_(gb, (xb * scale).t())
+        elif learns:
+            g_weight.add_(torch.mm(gb, (xb * scale).t().to(dtype)))
         if dtype == x.dtype:
             torch.mm(matrix, gb, out=qb)
         else:
@@ -291,22 +306,22 @@ def motion_conv_backward(
     # gx holds q, the gradient of x (1 - s)
     maps = (v.view(n, 1, height * width) for v in (s, inverse_norm))
     for xb, qb, sb, ib in _blocks(x.flatten(2), num_frames, 2, gx.flatten(2), *maps):
-        xb, sb, ib, total = xb.to(acc), sb[:, :1], ib[:, :1], qb.to(acc)
-        gs = (total * xb).sum(1, keepdim=True).neg_()
-        pairs = gs[:-1]
-        pairs[-1:] += gs[-1:]  # the last frame's similarity is that of the one before
+        xb, sb, ib, total = xb.to(acc), sb[:, :, :1], ib[:, :, :1], qb.to(acc)
+        gs = (total * xb).sum(2, keepdim=True).neg_()
+        pairs = gs[:, :-1]
+        pairs[:, -1:] += gs[:, -1:]  # the last frame's similarity is that of the one before
         total.mul_(1 - sb)
-        cross = pairs * ib[:-1] * ib[1:]  # in this order, or huge features would underflow
-        total[:-1].addcmul_(xb[1:], cross)
-        total[1:].addcmul_(xb[:-1], cross)
-        pairs = pairs * sb[:-1]
+        cross = pairs * ib[:, :-1] * ib[:, 1:]  # in this order, or huge features would underflow
+        total[:, :-1].addcmul_(xb[:, 1:], cross)
+        total[:, 1:].addcmul_(xb[:, :-1], cross)
+        pairs = pairs * sb[:, :-1]
         own = torch.zeros_like(gs)
-        own[:-1] += pairs
-        own[1:] += pairs
+        own[:, :-1] += pairs
+        own[:, 1:] += pairs
         total.addcmul_(xb, own.mul_(ib).mul_(ib), value=-1)
         if total is not qb:
             qb.copy_(total)
-    return gx, g_weight.to(weight.dtype).view(weight.shape)
+    return gx, g_weight.to(weight.dtype).view(weight.shape) if learns else x.new_empty(0)
 
 
 def sme(

@@ -21,7 +21,6 @@ def _gated_conv_kernel(
         x, gate, taps, weight, bias, y,     # (N, P, C), (N, C), (C, TAPS), (OUT, C), (OUT,), (N, P, OUT)
         T, P, C, OUT,
         TAPS: tl.constexpr,                 # 1 or 3
-        HAS_GATE: tl.constexpr,
         HAS_BIAS: tl.constexpr,
         DOT: tl.constexpr,                  # what the matrix unit multiplies
         BLOCK_T: tl.constexpr,              # all frames of a clip
@@ -30,10 +29,14 @@ def _gated_conv_kernel(
         BLOCK_O: tl.constexpr,
 ):
     """y_t = W (sum_k w_k a_{t+k-1} x_{t+k-1}) + b for some pixels of all frames of a clip."""
-    first = tl.program_id(0).to(tl.int64) * T
-    o = tl.program_id(2) * BLOCK_O + tl.arange(0, BLOCK_O)
+    blocks_o, blocks_p = tl.cdiv(OUT, BLOCK_O), tl.cdiv(P, BLOCK_P)
+    pid = tl.program_id(0)
+    o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
+    pid = pid // blocks_o
+    start_p = (pid % blocks_p) * BLOCK_P
+    first = (pid // blocks_p).to(tl.int64) * T
     t = tl.arange(0, BLOCK_T)[:, None, None]
-    p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P))[None, :, None]
+    p = (start_p + tl.arange(0, BLOCK_P))[None, :, None]
     acc = tl.zeros([BLOCK_T * BLOCK_P, BLOCK_O], tl.float32)
     for start in range(0, C, BLOCK_K):
         c = start + tl.arange(0, BLOCK_K)
@@ -45,9 +48,7 @@ def _gated_conv_kernel(
             v = tl.load(
                 x + ((first + s) * P + p) * C + channel, mask=frame & (p < P) & (channel < C), other=0.).to(tl.float32)
             w = tl.load(taps + channel * TAPS + tap, mask=channel < C, other=0.).to(tl.float32)
-            if HAS_GATE:
-                w = w * tl.load(gate + (first + s) * C + channel, mask=frame & (channel < C), other=0.)
-            u += v * w
+            u += v * w * tl.load(gate + (first + s) * C + channel, mask=frame & (channel < C), other=0.)
         rows = tl.reshape(u, [BLOCK_T * BLOCK_P, BLOCK_K]).to(DOT)
         cols = tl.load(weight + o[None, :] * C + c[:, None], mask=(o < OUT)[None, :] & (c < C)[:, None], other=0.)
         acc += tl.dot(rows, cols.to(DOT), input_precision='ieee')
@@ -55,13 +56,13 @@ def _gated_conv_kernel(
         acc += tl.load(bias + o, mask=o < OUT, other=0.).to(tl.float32)[None, :]
     row = tl.arange(0, BLOCK_T * BLOCK_P)
     t_row = row // BLOCK_P
-    p_row = tl.program_id(1) * BLOCK_P + row % BLOCK_P
+    p_row = start_p + row % BLOCK_P
     at = ((first + t_row) * P + p_row)[:, None] * OUT + o[None, :]
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=((t_row < T) & (p_row < P))[:, None] & (o < OUT)[None, :])
 
 
 def gated_conv(
-        x: Tensor, num_frames: int, gate: Optional[Tensor], taps: Tensor, weight: Tensor, bias: Optional[Tensor],
+        x: Tensor, num_frames: int, gate: Tensor, taps: Tensor, weight: Tensor, bias: Optional[Tensor],
         dot: Any = None,
 ) -> Tensor:
     """conv1x1(tim(x * gate)) of channels_last frames (N, C, H, W), to channels_last (N, OUT, H, W).
@@ -76,10 +77,10 @@ def gated_conv(
     block_t = next_power_of_2(num_frames)
     block_o = min(128, max(16, next_power_of_2(out_channels)))
     block_p = max(1, (64 if block_o == 128 else 128) // block_t)  # as much as the registers hold
-    grid = (n // num_frames, triton.cdiv(pixels, block_p), triton.cdiv(out_channels, block_o))
+    grid = (n // num_frames * triton.cdiv(pixels, block_p) * triton.cdiv(out_channels, block_o),)
     _gated_conv_kernel[grid](
         x, gate, taps.contiguous(), weight.flatten(1).contiguous(), bias, y, num_frames, pixels, channels, out_channels,
-        TAPS=taps.shape[2], HAS_GATE=gate is not None, HAS_BIAS=bias is not None,
+        TAPS=taps.shape[2], HAS_BIAS=bias is not None,
         DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
         BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_O=block_o, **meta)
     return y

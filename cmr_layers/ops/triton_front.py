@@ -12,11 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import plain
 from .configs import config, next_power_of_2
 from .vectors import gate_backward, key_bound, taps_backward
 
 # The projections hold a tile of each split at once.
 MAX_SPLITS = 8
+# The kernel of equations (4) to (6) holds a matrix of all frames by all frames, which spills beyond this.
+MAX_FRAMES = 32
 
 __all__ = ['front', 'front_backward', 'gates', 'mix', 'strides']
 
@@ -247,6 +250,8 @@ def gates(
         x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor],
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations (2) to (6) in three launches: pooled vectors (N, C), z (N, C1), k (N, C2) and gates (N, C)."""
+    if num_frames > MAX_FRAMES:
+        return plain.gates(x, num_frames, w1, w2, w3, b3)
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     c1, c2 = w1.shape[0], w2.shape[0]
     meta = config('pool', x)

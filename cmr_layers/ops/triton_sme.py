@@ -49,12 +49,13 @@ def _similarity_kernel(
 ):
     """Equation (7). The last frame computes the pair before it once more: s_T = s_{T-1}."""
     PIXELS: tl.constexpr = ROWS // FRAMES
-    chunks = tl.cdiv(T, FRAMES)
+    blocks, chunks = tl.cdiv(P, PIXELS), tl.cdiv(T, FRAMES)
     pid = tl.program_id(0)
-    first = (pid // chunks).to(tl.int64) * T
     row = tl.arange(0, ROWS)
+    p = (pid % blocks) * PIXELS + row % PIXELS
+    pid = pid // blocks
     t = (pid % chunks) * FRAMES + row // PIXELS
-    p = tl.program_id(1) * PIXELS + row % PIXELS
+    first = (pid // chunks).to(tl.int64) * T
     inside = (t < T) & (p < P)
     pair = tl.minimum(t, T - 2)
     here = (first + pair) * stride_n + p * stride_p
@@ -77,15 +78,15 @@ def _similarity_kernel(
 
 @triton.jit
 def _motion_kernel(
-        x, weight, s,                                   # (N, C, P) in any order, (OUT, C), (N, P)
-        bias, mean, var, gamma, beta, y,                # 5 x (OUT,), (N, OUT, P) in any order
-        P, C, OUT,
-        stride_n, stride_c, stride_p,                   # of x
-        out_n, out_o, out_p,                            # of y
+        x, weight, s,                       # (N, C, P) in any order, (C, C), (N, P)
+        bias, mean, var, gamma, beta, y,    # 5 x (C,), as x
+        P, C,
+        stride_n, stride_c, stride_p,
         eps,
         HAS_BIAS: tl.constexpr,
         NORM: tl.constexpr,                             # batch norm with its running statistics
-        AFFINE: tl.constexpr,
+        HAS_GAMMA: tl.constexpr,
+        HAS_BETA: tl.constexpr,
         RESIDUAL: tl.constexpr,
         DOT: tl.constexpr,                              # what the matrix unit multiplies
         PRECISION: tl.constexpr,
@@ -95,13 +96,13 @@ def _motion_kernel(
         GROUP: tl.constexpr,                            # blocks of pixels that share the weight's blocks in the cache
 ):
     """Equation (8), all of it or up to the batch norm: (1 - s) W x [+ bias] [norm] [+ x]."""
-    blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(OUT, BLOCK_N)
-    pid = tl.program_id(0)
+    blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_N)
+    pid = tl.program_id(0) % (blocks_m * blocks_n)
     group = pid // (GROUP * blocks_n) * GROUP
     members = tl.minimum(blocks_m - group, GROUP)
     block_m = group + pid % (GROUP * blocks_n) % members
     block_n = pid % (GROUP * blocks_n) // members
-    n = tl.program_id(1).to(tl.int64)
+    n = (tl.program_id(0) // (blocks_m * blocks_n)).to(tl.int64)
     p = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     o = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -110,25 +111,27 @@ def _motion_kernel(
         rows = tl.load(
             x + n * stride_n + p[:, None] * stride_p + c[None, :] * stride_c,
             mask=(p < P)[:, None] & (c < C)[None, :], other=0.)
-        cols = tl.load(weight + o[None, :] * C + c[:, None], mask=(o < OUT)[None, :] & (c < C)[:, None], other=0.)
+        cols = tl.load(weight + o[None, :] * C + c[:, None], mask=(o < C)[None, :] & (c < C)[:, None], other=0.)
         acc = tl.dot(rows.to(DOT), cols.to(DOT), acc, input_precision=PRECISION)
-    known = o < OUT
+    known = o < C
     acc *= 1 - tl.load(s + n * P + p, mask=p < P, other=0.)[:, None]
     if HAS_BIAS:
         acc += tl.load(bias + o, mask=known, other=0.).to(tl.float32)[None, :]
     if NORM:
         scale = tl.rsqrt(tl.load(var + o, mask=known, other=1.).to(tl.float32) + eps)
         shift = -tl.load(mean + o, mask=known, other=0.).to(tl.float32) * scale
-        if AFFINE:
+        if HAS_GAMMA:
             factor = tl.load(gamma + o, mask=known, other=0.).to(tl.float32)
             scale *= factor
-            shift = shift * factor + tl.load(beta + o, mask=known, other=0.).to(tl.float32)
+            shift *= factor
+        if HAS_BETA:
+            shift += tl.load(beta + o, mask=known, other=0.).to(tl.float32)
         acc = acc * scale[None, :] + shift[None, :]
     inside = (p < P)[:, None] & known[None, :]
+    at = n * stride_n + p[:, None] * stride_p + o[None, :] * stride_c
     if RESIDUAL:
-        acc += tl.load(
-            x + n * stride_n + p[:, None] * stride_p + o[None, :] * stride_c, mask=inside, other=0.).to(tl.float32)
-    tl.store(y + n * out_n + p[:, None] * out_p + o[None, :] * out_o, acc.to(y.dtype.element_ty), mask=inside)
+        acc += tl.load(x + at, mask=inside, other=0.).to(tl.float32)
+    tl.store(y + at, acc.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -140,8 +143,9 @@ def _product_kernel(
         BLOCK_C: tl.constexpr,
 ):
     """The gradient of s, -<q, x> per pixel, and the weighted clip x (1 - s) for the gradient of W."""
-    n = tl.program_id(0).to(tl.int64)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    blocks = tl.cdiv(P, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     kept = 1 - tl.load(s + n * P + p, mask=p < P, other=0.)
     total = tl.zeros([BLOCK_P], tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -184,14 +188,14 @@ def _unmotion_kernel(
         BLOCK_C: tl.constexpr,
 ):
     """The gradient of the clip: (1 - s) q, and what s passes on to the two frames of each pair."""
-    blocks = tl.cdiv(C, BLOCK_C)
-    chunks = tl.cdiv(T, FRAMES)
+    blocks_c, blocks_p, chunks = tl.cdiv(C, BLOCK_C), tl.cdiv(P, BLOCK_P), tl.cdiv(T, FRAMES)
     pid = tl.program_id(0)
-    c = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pid = pid // blocks
+    c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = pid // blocks_c
+    p = (pid % blocks_p) * BLOCK_P + tl.arange(0, BLOCK_P)
+    pid = pid // blocks_p
     start = (pid % chunks).to(tl.int64) * FRAMES
     first = (pid // chunks).to(tl.int64) * T
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     at = first * stride_n + p[:, None] * stride_p + c[None, :] * stride_c
     inside = (p < P)[:, None] & (c < C)[None, :]
     previous = _frame(x, at + (start - 1) * stride_n, start - 1, T, inside)
@@ -222,7 +226,7 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     meta = config('similarity', x)
     frames = min(next_power_of_2(num_frames), 8)
     grid = (
-        n // num_frames * triton.cdiv(num_frames, frames), triton.cdiv(height * width, meta['ROWS'] // frames))
+        n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(height * width, meta['ROWS'] // frames),)
     _similarity_kernel[grid](
         x, s, inverse_norm, num_frames, channels, height * width, *strides(x), FRAMES=frames, **meta)
     return s, inverse_norm
@@ -232,7 +236,7 @@ def _has_matrix_unit(x: Tensor) -> bool:
     """Whether tensor cores may multiply: float32 only where PyTorch's convolutions may use tf32, as they do unless told
     otherwise. Without them a library's product is the faster one.
     """
-    return x.dtype is not torch.float32 or torch.backends.cudnn.conv.fp32_precision == 'tf32'
+    return x.dtype is not torch.float32 or torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
 
 
 def _product(
@@ -240,19 +244,17 @@ def _product(
 ) -> Tensor:
     """The matrix product with the epilogue that is asked for; ``dot`` is the dtype it is taken in, x's by default."""
     n, channels, height, width = x.shape
-    out_channels, pixels = weight.shape[0], height * width
-    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    y = torch.empty(n, out_channels, height, width, device=x.device, dtype=x.dtype, memory_format=layout)
+    y = torch.empty_like(x)
     mean, var, gamma, beta, eps = norm
-    images = n
-    if layout is torch.channels_last:  # one long row of pixels: no ragged edge at each frame
+    images, pixels = n, height * width
+    if not x.is_contiguous():  # channels_last is one long row of pixels: no ragged edge at each frame
         images, pixels = 1, n * pixels
     meta = config('motion, float32' if x.dtype is torch.float32 else 'motion', x)
-    grid = (triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(out_channels, meta['BLOCK_N']), images)
+    grid = (images * triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(channels, meta['BLOCK_N']),)
     _motion_kernel[grid](
-        x, weight.flatten(1).contiguous(), s, bias, mean, var, gamma, beta, y, pixels, channels, out_channels,
-        *strides(x), *strides(y), eps,
-        HAS_BIAS=bias is not None, NORM=mean is not None, AFFINE=gamma is not None, RESIDUAL=residual,
+        x, weight.flatten(1).contiguous(), s, bias, mean, var, gamma, beta, y, pixels, channels, *strides(x), eps,
+        HAS_BIAS=bias is not None, NORM=mean is not None, HAS_GAMMA=gamma is not None,
+        HAS_BETA=beta is not None, RESIDUAL=residual,
         DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
         PRECISION='tf32' if x.dtype is torch.float32 else 'ieee', **meta)
     return y
@@ -286,12 +288,11 @@ def motion_gradient(
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
     meta = config('product', x)
-    _product_kernel[(n, triton.cdiv(pixels, meta['BLOCK_P']))](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
+    _product_kernel[(n * triton.cdiv(pixels, meta['BLOCK_P']),)](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
     meta = config('unmotion', x)
     frames = min(meta.pop('FRAMES'), num_frames)
-    grid = (
-        n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(channels, meta['BLOCK_C']),
-        triton.cdiv(pixels, meta['BLOCK_P']))
+    blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
+    grid = (n // num_frames * triton.cdiv(num_frames, frames) * blocks,)
     _unmotion_kernel[grid](
         x, q, s, inverse_norm, gs, gx, num_frames, channels, pixels, *strides(x), FRAMES=frames, **meta)
     return gx, m
