@@ -77,6 +77,11 @@ def _capability(device: Optional[int]) -> Tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def triton_obstacle(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -> str:
     """Why the Triton kernels can't take frames x (N, C, H, W); empty if they can."""
     if x.device.type != 'cuda':
@@ -133,10 +138,10 @@ def _operator_obstacle(x: Tensor, num_frames: int, weights: Sequence[Optional[Te
         for weight in weights:
             if weight is not None and weight.dtype != x.dtype:
                 return f'x is {x.dtype} and a weight {weight.dtype}'
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return 'a transform of torch.func is active'
     if torch.autograd.forward_ad._current_level >= 0:
         return 'forward-mode differentiation is active'
+    if _is_transformed():
+        return 'a transform of torch.func is active'
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() and _path == 'auto':
             return 'torch.jit.trace: a graph without operators of this package'
