@@ -3,8 +3,8 @@
     python -m benchmarks.kernels --out benchmarks/results/kernels.json
 
 The launchers run on meta tensors of the real shapes; what they would launch is compiled for sm_80, sm_90 and sm_120.
-A kernel passes if its shared memory fits, nothing spills to the stack, matrix products use the tensor cores, and 16-bit
-frames in channels_last are read 16 bytes at a time. One that fails here would fail, or crawl, at launch only.
+A kernel passes if its shared memory fits, it does not spill, matrix products use the tensor cores, and 16-bit frames in
+channels_last are read 16 bytes at a time. One that fails here would fail, or crawl, at launch only.
 """
 import argparse
 import json
@@ -31,6 +31,7 @@ from cmr_layers.ops.dispatch import is_narrow
 SHARED = {80: 101376, 90: 232448, 120: 101376}  # sm_80 has more, but what is compiled for it also runs on sm_86, sm_89
 TENSOR_CORES = {80: 'HMMA', 90: 'HGMMA', 120: 'HMMA'}
 GRID = 65535  # second and third dimension
+STACK = 32  # bytes a thread: a few registers that ptxas put aside cost nothing, hundreds would
 PRODUCTS = ('_motion_kernel', '_gated_conv_kernel')
 # Block inputs of a ResNet-50 at 224x224: channels, height, and width of conv1
 STAGES = ((64, 56, 64), (256, 56, 64), (256, 56, 128), (512, 28, 128), (512, 28, 256), (1024, 14, 256), (1024, 14, 512),
@@ -160,7 +161,7 @@ def failures(launch: Launch, capability: int, report: dict[str, Any]) -> list[st
     if report['shared'] > SHARED[capability]:
         wrong.append(f'{report["shared"]} bytes of shared memory, {SHARED[capability]} fit')
     for kind in ('stack', 'local'):
-        if report[kind]:
+        if report[kind] > STACK:
             wrong.append(f'{report[kind]} bytes of {kind} memory')
     half = dict(launch.signature).get('x') in ('*fp16', '*bf16')
     if half and launch.name in PRODUCTS and TENSOR_CORES[capability] not in report['tensor_cores']:

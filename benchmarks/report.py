@@ -1,7 +1,7 @@
-"""Write the committed results into docs/performance.md, between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+"""Write the committed results into docs/performance.md and the README, between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
     python -m benchmarks.report             # rewrite the generated sections
-    python -m benchmarks.report --check     # exit 1 if they are not what the results say
+    python -m benchmarks.report --check     # write nothing; exit 1 if they are not what the results say
 
 What has no result file yet says so, and which command makes it.
 """
@@ -66,6 +66,14 @@ def sections(folder: Path = RESULTS) -> dict[str, str]:
     return {**rendered, 'goals': networks.render_goals(networks.judge(settings))}
 
 
+def stale_pages(root: Path = ROOT) -> dict[Path, str]:
+    """What the pages whose sections are not those of the results should be."""
+    found = sections(root / 'benchmarks/results')
+    wanted = {root / 'docs/performance.md': found, root / 'README.md': {'goals': found['goals']}}
+    pages = {page: replace(page.read_text(), parts) for page, parts in wanted.items()}
+    return {page: text for page, text in pages.items() if text != page.read_text()}
+
+
 def replace(text: str, rendered: dict[str, str]) -> str:
     """The page with its sections written anew; each has to have its markers, once."""
     for name, content in rendered.items():
@@ -79,23 +87,15 @@ def replace(text: str, rendered: dict[str, str]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if the page is stale')
-    parser.add_argument('--page', type=Path, default=ROOT / 'docs/performance.md', help=argparse.SUPPRESS)
-    parser.add_argument('--results', type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if a page is stale')
     args = parser.parse_args()
-    if not args.page.exists():
-        parser.error(f'there is no {args.page.name}')
-    before = args.page.read_text()
-    try:
-        after = replace(before, sections(args.results))
-    except ValueError as error:
-        parser.error(f'{args.page.name}: {error}')
-    if args.check:
-        if before != after:
-            print(f'{args.page.name} is stale: run python -m benchmarks.report', file=sys.stderr)
-        return int(before != after)
-    args.page.write_text(after)
-    return 0
+    stale = stale_pages()
+    for page, text in stale.items():
+        if args.check:
+            print(f'{page.name} is stale: run python -m benchmarks.report', file=sys.stderr)
+        else:
+            page.write_text(text)
+    return int(args.check and bool(stale))
 
 
 if __name__ == '__main__':

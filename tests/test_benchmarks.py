@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -414,23 +415,32 @@ def test_what_has_no_results_says_which_command_makes_them(tmp_path):
     assert rendered['goals'].count('not measured yet') == len(networks.GOALS)
 
 
-def test_page_is_rewritten_between_its_markers(tmp_path, monkeypatch, capsys):
-    page = tmp_path / 'page.md'
+def test_pages_are_rewritten_between_their_markers(tmp_path, monkeypatch, capsys):
+    page, readme, results = tmp_path / 'docs/performance.md', tmp_path / 'README.md', tmp_path / 'benchmarks/results'
+    page.parent.mkdir()
+    results.mkdir(parents=True)
     page.write_text(''.join(f'<!-- {name} -->\nOLD TEXT\n<!-- /{name} -->\nMore of {name}.\n' for name in NAMES))
-    (tmp_path / 'ops-cpu.json').write_text(json.dumps(ops_results()))
+    readme.write_text('<!-- goals -->\nOLD TEXT\n<!-- /goals -->\n')
+    (results / 'ops-cpu.json').write_text(json.dumps(ops_results()))
+    monkeypatch.setattr(report, 'stale_pages', partial(report.stale_pages, tmp_path))
 
     def main(*args):
-        monkeypatch.setattr(sys, 'argv', ['report', '--page', str(page), '--results', str(tmp_path), *args])
+        monkeypatch.setattr(sys, 'argv', ['report', *args])
         return report.main()
 
     assert main('--check') == 1 and 'OLD TEXT' in page.read_text()
-    assert 'page.md is stale' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'performance.md is stale' in error and 'README.md is stale' in error
     assert main() == 0
     text = page.read_text()
-    assert 'OLD TEXT' not in text and 'front_conv, forward + backward' in text
+    assert 'OLD TEXT' not in text + readme.read_text() and 'front_conv, forward + backward' in text
     assert all(f'More of {name}.' in text for name in NAMES)
     assert main('--check') == 0
     assert main() == 0 and page.read_text() == text
+
+
+def test_the_pages_show_the_committed_results():
+    assert not report.stale_pages()
 
 
 @pytest.mark.parametrize('text', [
@@ -450,12 +460,11 @@ def test_page_without_its_markers(text):
     ('networks', ['--device', 'cpu', '--modes', 'graph'], list(networks.MODES['cpu'])),
     ('networks', ['--rounds', '0'], ['more than 0']),
     ('networks', ['--minutes', '-1'], ['more than 0']),
-    ('report', ['--page', 'no-such-page.md'], ['there is no no-such-page.md']),
 ])
 def test_bad_arguments_fail_at_once_and_list_the_choices(module, args, wanted, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [module, *args])
     with pytest.raises(SystemExit) as stop:
-        {'ops': ops, 'networks': networks, 'report': report}[module].main()
+        {'ops': ops, 'networks': networks}[module].main()
     assert stop.value.code == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert all(word in error for word in wanted), error

@@ -20,6 +20,13 @@ pytestmark = pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide b
 cl, contiguous = torch.channels_last, torch.contiguous_format
 
 
+@pytest.fixture(autouse=True)
+def _float32_is_float32():
+    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, 'ieee'
+    yield
+    torch.backends.cudnn.conv.fp32_precision = before
+
+
 @pytest.fixture(params=['plain', 'triton'])
 def form(request):
     """Both forms of the operators; Triton's in its interpreter where there is no GPU."""
