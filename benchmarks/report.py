@@ -1,4 +1,4 @@
-"""Write the committed results into docs/performance.md and the README, between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
+"""Write the committed results into docs/performance.md and the README, between ``<!-- NAME -->`` and its end mark.
 
     python -m benchmarks.report             # rewrite the generated sections
     python -m benchmarks.report --check     # write nothing; exit 1 if they are not what the results say
