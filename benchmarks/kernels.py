@@ -119,6 +119,7 @@ def stage_calls(dtype: torch.dtype, channels_last: bool, num_frames: int, stage:
         if is_narrow(x, num_frames, weight, [1, 1], [0, 0], 1):
             triton_conv.gated_conv(x, num_frames, saved[3], taps, weight, norm)
         h, s, inverse_norm = triton_sme.motion_conv(x, num_frames, square, None)
+        triton_sme.rectified_sum(x, x, num_frames)
         triton_sme.motion_gradient(h, x, num_frames, s, inverse_norm)
         triton_sme.sme(x, num_frames, square, None, norm, norm, norm, norm, 1e-5)
     return call

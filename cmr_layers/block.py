@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .clip import ClipLayer, check_choice
 from .cme import CME
 from .deploy import fold_norms
-from .front import front
+from .front import front, is_bare, is_own
 from .sme import SME
 from .tim import TIM
 
@@ -62,6 +62,14 @@ class _TemporalBlock(nn.Module):
             self.tim = self.tim_layer(in_channels, **dd)
         if is_placed('sme', sme, opens_stage):
             self.sme = self.sme_layer(out_channels, **dd)
+
+    def _end(self, act: nn.Module, x: Any, shortcut: Any) -> Any:
+        """``sme(act(x + shortcut))``; x is overwritten."""
+        if isinstance(x, Tensor) and isinstance(self.sme, SME) and is_own(self.sme, SME):
+            if type(act) is nn.ReLU and is_bare(act):
+                return self.sme.forward_sum(x, shortcut)
+        x += shortcut
+        return self.sme(act(x))
 
     fuse = fold_norms  # for timm's reparameterize_model
 
@@ -122,10 +130,12 @@ class CMRBlock(_TemporalBlock, Bottleneck):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
-        x = self.act3(x)
-
-        x = self.sme(x)
+        if torch.jit.is_scripting():
+            x += shortcut
+            x = self.act3(x)
+            x = self.sme(x)
+        else:
+            x = self._end(self.act3, x, shortcut)
 
         return x
 
@@ -169,9 +179,11 @@ class CMRBasicBlock(_TemporalBlock, BasicBlock):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
-        x = self.act2(x)
-
-        x = self.sme(x)
+        if torch.jit.is_scripting():
+            x += shortcut
+            x = self.act2(x)
+            x = self.sme(x)
+        else:
+            x = self._end(self.act2, x, shortcut)
 
         return x

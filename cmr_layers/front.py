@@ -13,7 +13,7 @@ from .clip import ClipLayer
 from .cme import CME
 from .tim import TIM
 
-__all__ = ['front', 'is_bare', 'is_plain', 'is_plain_norm', 'run']
+__all__ = ['front', 'is_bare', 'is_own', 'is_plain', 'is_plain_norm', 'run']
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -40,11 +40,12 @@ def is_plain_norm(norm: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
 def _fit(cme: nn.Module, tim: nn.Module) -> bool:
     """Whether two modules are a CME and a TIM that compute what the operator computes."""
     return (
-        isinstance(cme, CME) and _is_own(cme, CME) and isinstance(tim, TIM) and _is_own(tim, TIM)
+        isinstance(cme, CME) and is_own(cme, CME) and isinstance(tim, TIM) and is_own(tim, TIM)
         and cme.num_frames == tim.num_frames and cme.channels == tim.channels)
 
 
-def _is_own(layer: ClipLayer, kind: Type[ClipLayer]) -> bool:
+def is_own(layer: ClipLayer, kind: Type[ClipLayer]) -> bool:
+    """Whether a layer computes what its kind does: no subclass, hook or patch of anybody's changes it."""
     return (
         type(layer).forward is ClipLayer.forward and type(layer).forward_frames is kind.forward_frames
         and is_bare(layer))

@@ -2,7 +2,7 @@
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
-from typing import Any, Type
+from typing import Any, Optional, Type
 
 import torch
 from timm.layers import register_notrace_module
@@ -86,18 +86,34 @@ class SME(ClipLayer):
         return v
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
-        conv, bn = self.conv, self.bn
-        if not is_plain(conv):
+        if not is_plain(self.conv):
             ops.choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked or not an nn.Conv2d')
             return super().forward_frames(x, num_frames)
+        return self._add_motion(x, num_frames)
+
+    def forward_sum(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """``self(relu(x + shortcut))``, the end of a block, of (B*T, C, H, W) both; x may be overwritten.
+
+        On a GPU what writes the sum computes the similarities, too, and so saves SME a pass.
+        """
+        frames, num_frames = self.frames(x)
+        if is_plain(self.conv) and ops.knows_similarity(frames, num_frames, self.conv.weight, owner=self):
+            y, known = ops.rectified_sum(frames, shortcut, num_frames)
+            return self._add_motion(y, num_frames, known)
+        v: Tensor = self(x.add_(shortcut).relu_())
+        return v
+
+    def _add_motion(self, x: Tensor, num_frames: int, known: Optional[ops.Known] = None) -> Tensor:
+        conv, bn = self.conv, self.bn
         if not torch.is_grad_enabled() and not torch.jit.is_tracing():
             if type(bn) is nn.Identity and is_bare(bn):  # folded
-                return ops.sme(x, num_frames, conv.weight, conv.bias, None, None, None, None, 0., owner=self)
+                return ops.sme(
+                    x, num_frames, conv.weight, conv.bias, None, None, None, None, 0., owner=self, known=known)
             if is_plain_norm(bn) and not bn.training:
                 return ops.sme(
                     x, num_frames, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
-                    owner=self)
-        v: Tensor = bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self)) + x
+                    owner=self, known=known)
+        v: Tensor = bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self, known=known)) + x
         return v
 
     fuse = fold_norms  # for timm's reparameterize_model

@@ -12,7 +12,18 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmr_layers import CMRBlock
-from cmr_layers.ops import CMEWeights, Convolution, dispatch, front, front_conv, motion_conv, sme, use_path
+from cmr_layers.ops import (
+    CMEWeights,
+    Convolution,
+    dispatch,
+    front,
+    front_conv,
+    motion_conv,
+    rectified_sum,
+    reference,
+    sme,
+    use_path,
+)
 
 OPS = torch.ops.cmr_layers
 # numpy, under the interpreter, warns of norms that are zero
@@ -22,9 +33,9 @@ cl, contiguous = torch.channels_last, torch.contiguous_format
 
 @pytest.fixture(autouse=True)
 def _float32_is_float32():
-    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, 'ieee'
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     yield
-    torch.backends.cudnn.conv.fp32_precision = before
+    torch.backends.cudnn.allow_tf32 = before
 
 
 @pytest.fixture(params=['plain', 'triton'])
@@ -47,6 +58,8 @@ def arguments(name, layout=contiguous, dtype=torch.float32, grad=False):
     x = new(6, 6, 3, 2, layout=layout, **kw)
     cme, taps = [new(2, 6, **kw), new(3, 6, **kw), new(6, 2, **kw), new(6, **kw)], new(6, 1, 3, **kw)
     square = new(6, 6, 1, 1, **kw), new(6, **kw)
+    norm = 1 / x.detach().float().norm(dim=1)
+    known = reference.similarity(reference.clips(x.detach().float(), 3)).flatten(0, 1), norm
     return {
         'front': (x, 3, *cme, taps),
         'front, CME alone': (x, 3, *cme[:3], None, None),
@@ -55,13 +68,15 @@ def arguments(name, layout=contiguous, dtype=torch.float32, grad=False):
         'front_conv, 3x3': (x, 3, *cme[:3], None, taps, new(4, 3, 3, 3, **kw), None, [2, 2], [1, 1], [1, 1], 2),
         'motion_conv': (x, 3, *square),
         'motion_conv, no bias': (x, 3, square[0], None),
-        'sme': (x.detach(), 3, square[0].detach(), None, new(6), new(6).abs(), new(6), new(6), 1e-5),
-        'sme, folded': (x.detach(), 3, *(v.detach() for v in square), None, None, None, None, 0.),
+        'rectified_sum': (x, new(6, 6, 3, 2, layout=layout, **kw), 3),
+        'motion_product': (x, 3, *square, *known),
+        'sme': (x.detach(), 3, square[0].detach(), None, new(6), new(6).abs(), new(6), new(6), 1e-5, None),
+        'sme, folded': (x.detach(), 3, *(v.detach() for v in square), None, None, None, None, 0., known[0]),
     }[name]
 
 
 NAMES = ['front', 'front, CME alone', 'front, TIM alone', 'front_conv', 'front_conv, 3x3', 'motion_conv',
-         'motion_conv, no bias', 'sme', 'sme, folded']
+         'motion_conv, no bias', 'rectified_sum', 'motion_product', 'sme', 'sme, folded']
 LAYOUTS = {'contiguous': contiguous, 'channels_last': cl}
 
 
@@ -123,7 +138,14 @@ def call(name, args):
         return front(*args[:2], CMEWeights(*args[2:6]), args[6])
     if kind == 'front_conv':
         return front_conv(*args[:2], CMEWeights(*args[2:6]), args[6], Convolution(*args[7:]))
-    return (motion_conv if kind == 'motion_conv' else sme)(*args)
+    if kind == 'motion_product':
+        known = None if dispatch._path == 'reference' else args[4:]
+        return motion_conv(*args[:4], known=known)
+    if kind == 'rectified_sum':
+        return (args[0] + args[1]).relu() if dispatch._path == 'reference' else rectified_sum(*args)[0]
+    if kind == 'sme':
+        return sme(*args[:9], known=None if dispatch._path == 'reference' or args[9] is None else (args[9], args[9]))
+    return motion_conv(*args)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -137,8 +159,8 @@ def test_values_and_gradients_are_those_of_the_reference(form, name, layout):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
     if got.requires_grad:
         g = torch.randn_like(got)
-        inputs = [v for v in args if isinstance(v, torch.Tensor)]
-        wanted = [v for v in exact if isinstance(v, torch.Tensor)]
+        inputs = [v for v in args if isinstance(v, torch.Tensor) and v.requires_grad]
+        wanted = [v for v in exact if isinstance(v, torch.Tensor) and v.requires_grad]
         for g_got, g_want in zip(
                 torch.autograd.grad(got, inputs, g), torch.autograd.grad(want, wanted, g.double()), strict=True):
             torch.testing.assert_close(g_got.double(), g_want, rtol=1e-4, atol=1e-4)
@@ -256,6 +278,8 @@ def test_compiles_into_one_graph_that_holds_the_operators(form, net, train, dyna
             compiled(new(9, 8, 4, 4, layout=cl))
     assert len(graphs) == 1
     names = ['front_conv', 'motion_conv', 'front_conv'] if train else ['front', 'sme', 'front']
+    if form == 'triton':  # what writes the block's output knows the similarities
+        names[1:2] = ['rectified_sum', 'motion_product' if train else 'sme']
     assert [name.split('.')[-1 if name.count('.') < 2 else -2] for name in counted(graphs)] == names
 
 
@@ -285,7 +309,7 @@ def test_export_leaves_no_operator_of_ours_unless_forced(net):
     torch.testing.assert_close(program.module()(x), net(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'rectified_sum'])  # which has none
 def test_flops_are_those_of_the_reference(name):
     args = arguments(name, grad=not name.startswith('sme'))
 
@@ -345,7 +369,7 @@ def test_what_explain_says_of_a_gpu(fake_cuda):
     block.eval()
     rows = dispatch.explain(block, x)
     assert [(row.owner, row.operation, row.path, row.reason) for row in rows] == [
-        ('cme', 'CME + TIM + conv', 'triton', ''), ('sme', 'SME, inference', 'triton', '')]
+        ('cme', 'CME + TIM + conv', 'triton', ''), ('sme', 'block end + SME', 'triton', '')]
     wide = CMRBlock(1024, 256, num_frames=8, device='cuda', dtype=torch.float16, sme='none').eval()
     x = torch.empty(16, 1024, 7, 7, device='cuda', dtype=torch.float16).contiguous(memory_format=cl)
     assert [row.operation for row in dispatch.explain(wide, x)] == ['CME + TIM']

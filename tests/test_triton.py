@@ -201,6 +201,26 @@ def test_similarity(shape, layout):
         inverse_norm.double(), torch.where(norm > 1e-12, 1 / norm, torch.ones_like(norm)), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize('shape', [(2, 4, 24, 3, 3), (2, 9, 6, 1, 2), (1, 2, 136, 5, 3)], ids=str)
+def test_the_end_of_a_block_and_the_similarities_of_what_it_writes(shape, dtype, layout):
+    from cmr_layers.ops import triton_sme
+    x, shortcut = frames(shape, dtype, layout), frames(shape, dtype, layout)
+    y, s, inverse_norm = triton_sme.rectified_sum(x, shortcut, shape[1])
+    assert torch.equal(y, (x + shortcut).relu()) and y.stride() == x.stride()
+    for got, want in zip((s, inverse_norm), triton_sme.similarity(y, shape[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+def test_huge_sums_are_stored_as_they_are():
+    from cmr_layers.ops import triton_sme
+    x = frames((1, 3, 16, 2, 2), torch.float32, torch.channels_last, scale=1e30)
+    y, s, _ = triton_sme.rectified_sum(x, x, 3)
+    assert torch.equal(y, (x + x).relu())
+    want = reference.similarity(reference.clips(y.double(), 3)).flatten(0, 1)
+    torch.testing.assert_close(s.double(), want, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize('value', [1e-10, 1e15, 1e19, 1e30, 3e38])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_similarity_of_features_whose_squares_leave_float32(value, dtype):
@@ -260,8 +280,8 @@ def test_sme_in_half_precision(dtype, layout, monkeypatch):
 def test_sme_where_float32_must_not_become_tf32(monkeypatch):
     from cmr_layers.ops import triton_sme
     monkeypatch.setattr(triton_sme, '_product', None)  # a library multiplies
-    before, torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.conv.fp32_precision, 'ieee'
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         check_motion((2, 4, 24, 3, 3), torch.float32, torch.channels_last)
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        torch.backends.cudnn.allow_tf32 = before

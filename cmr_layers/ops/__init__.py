@@ -5,10 +5,21 @@
 path, :func:`explain` says which one each layer of a model takes, and why.
 """
 from .dispatch import choose, explain, use_path
-from .layers import CMEWeights, Convolution, front, front_conv, joins, motion_conv, sme
+from .layers import (
+    CMEWeights,
+    Convolution,
+    Known,
+    front,
+    front_conv,
+    joins,
+    knows_similarity,
+    motion_conv,
+    rectified_sum,
+    sme,
+)
 from .reference import cme, cme_gate, motion, similarity, tim
 
 __all__ = [
-    'CMEWeights', 'Convolution', 'choose', 'cme', 'cme_gate', 'explain', 'front', 'front_conv', 'joins', 'motion',
-    'motion_conv', 'similarity', 'sme', 'tim', 'use_path',
+    'CMEWeights', 'Convolution', 'Known', 'choose', 'cme', 'cme_gate', 'explain', 'front', 'front_conv', 'joins',
+    'knows_similarity', 'motion', 'motion_conv', 'rectified_sum', 'similarity', 'sme', 'tim', 'use_path',
 ]

@@ -3,7 +3,7 @@
 Frames x are (N, C, H, W), N = B * T, the frames of a clip next to each other. ``owner`` is the layer that calls, for
 :func:`.dispatch.explain`.
 """
-from typing import Any, NamedTuple, Optional, Sequence
+from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,10 @@ from torch import Tensor
 from . import operators, reference  # noqa: F401  (registers the operators)
 from .dispatch import choose, is_narrow, runs_triton
 
-__all__ = ['CMEWeights', 'Convolution', 'front', 'front_conv', 'joins', 'motion_conv', 'sme']
+__all__ = [
+    'CMEWeights', 'Convolution', 'front', 'front_conv', 'joins', 'knows_similarity', 'motion_conv',
+    'rectified_sum', 'sme',
+]
 
 
 class CMEWeights(NamedTuple):
@@ -21,6 +24,9 @@ class CMEWeights(NamedTuple):
     w2: Optional[Tensor] = None
     w3: Optional[Tensor] = None
     b3: Optional[Tensor] = None
+
+
+Known = Tuple[Tensor, Tensor]  # similarities and inverse norms of frames, (N, H, W) each
 
 
 class Convolution(NamedTuple):
@@ -71,14 +77,31 @@ def joins(x: Tensor, num_frames: int, taps: Tensor, conv: Convolution) -> bool:
         x, num_frames, conv.weight, conv.stride, conv.padding, conv.groups)
 
 
+def knows_similarity(x: Tensor, num_frames: int, weight: Tensor, owner: Any = None) -> bool:
+    """Whether the kernel that writes a block's output, :func:`rectified_sum`, should see to SME's similarities, too."""
+    return (
+        num_frames > 1 and runs_triton(x, num_frames)
+        and choose(owner, 'block end + SME', x, num_frames, [weight]) == 'triton')
+
+
+def rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, Known]:
+    """relu(x + shortcut), and the similarities of these frames."""
+    y, s, inverse_norm = torch.ops.cmr_layers.rectified_sum(x, shortcut, num_frames)
+    return y, (s, inverse_norm)
+
+
 def motion_conv(
         x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], owner: Any = None,
+        known: Optional[Known] = None,
 ) -> Tensor:
     """The 1x1 convolution of equation (8), of the frames weighted by their motion."""
+    if known is not None:
+        h: Tensor = torch.ops.cmr_layers.motion_product(x, num_frames, weight, bias, *known)
+        return h
     path = choose(owner, 'SME', x, num_frames, [weight, bias], obstacle=_still(num_frames))
     if path == 'reference':
         return _reference_motion_conv(x, num_frames, weight, bias)
-    h: Tensor = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias)[0]
+    h = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias)[0]
     return h
 
 
@@ -89,13 +112,16 @@ def _reference_motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Opt
 def sme(
         x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], mean: Optional[Tensor],
         var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float, owner: Any = None,
+        known: Optional[Known] = None,
 ) -> Tensor:
     """All of equation (8) with the batch norm's running statistics, or without one; it has no derivative."""
-    path = choose(owner, 'SME, inference', x, num_frames, [weight, bias], obstacle=_still(num_frames))
+    path = '' if known else choose(
+        owner, 'SME, inference', x, num_frames, [weight, bias], obstacle=_still(num_frames))
     if path == 'reference':
         h = _reference_motion_conv(x, num_frames, weight, bias)
         return x + (h if mean is None or var is None else F.batch_norm(h, mean, var, gamma, beta, eps=eps))
-    v: Tensor = torch.ops.cmr_layers.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps)
+    s = known[0] if known else None
+    v: Tensor = torch.ops.cmr_layers.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps, s)
     return v
 
 

@@ -35,9 +35,13 @@ _SCHEMAS = (
     'motion_conv(Tensor x, int num_frames, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)',
     'motion_conv_backward(Tensor gh, Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor s, '
     'Tensor inverse_norm, bool learns) -> (Tensor, Tensor, Tensor)',
+    # the end of a block, relu(x + shortcut), and the similarities and inverse norms of what it writes
+    'rectified_sum(Tensor x, Tensor shortcut, int num_frames) -> (Tensor, Tensor, Tensor)',
+    # motion_conv where they are known
+    'motion_product(Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor s, Tensor inverse_norm) -> Tensor',
     # all of equation (8) with the running statistics; it has no derivative
     'sme(Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, '
-    'Tensor? beta, float eps) -> Tensor',
+    'Tensor? beta, float eps, Tensor? s) -> Tensor',
 )
 
 _LIBRARY = torch.library.Library('cmr_layers', 'DEF')
@@ -244,15 +248,50 @@ def _fake_motion_conv_backward(
 
 
 @_implement
-def _sme(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, mean: Maybe, var: Maybe, gamma: Maybe, beta: Maybe,
-        eps: float,
+def _rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, ...]:
+    x = _dense(x)
+    shortcut = plain.like(shortcut, x)
+    if not runs_triton(x, num_frames):
+        y = (x + shortcut).relu_()
+        return y, *plain.similarity(y, num_frames)
+    from . import triton_sme
+    return triton_sme.rectified_sum(x, shortcut, num_frames)
+
+
+@_fake
+def _fake_rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, ...]:
+    n, _, height, width = x.shape
+    return torch.empty_like(_dense(x)), *(x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
+
+
+@_implement
+def _motion_product(
+        x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor,
 ) -> Tensor:
     x = _dense(x)
     if not runs_triton(x, num_frames):
-        return plain.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps)
+        return plain.product(x, s, weight.flatten(1), bias, residual=False)
     from . import triton_sme
-    return triton_sme.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps)
+    return triton_sme.motion_product(x, weight, bias, s)
+
+
+@_fake
+def _fake_motion_product(x: Tensor, num_frames: int, weight: Tensor, *args: Any) -> Tensor:
+    return torch.empty_like(_dense(x))
+
+
+@_implement
+def _sme(
+        x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, mean: Maybe, var: Maybe, gamma: Maybe, beta: Maybe,
+        eps: float, s: Maybe,
+) -> Tensor:
+    x = _dense(x)
+    if not runs_triton(x, num_frames):
+        if s is None:
+            s, _ = plain.similarity(x, num_frames)
+        return plain.normed_product(x, s, weight, bias, mean, var, gamma, beta, eps)
+    from . import triton_sme
+    return triton_sme.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps, s)
 
 
 @_fake
@@ -304,6 +343,27 @@ def _differentiate_motion(ctx: Any, gh: Maybe, *rest: Any) -> Tuple[Any, ...]:
     return gx, None, g_weight if learns else None, None if bias is None else g_bias
 
 
+def _save_product(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.num_frames, *tensors = inputs
+    ctx.save_for_backward(x, *tensors)
+
+
+def _differentiate_product(ctx: Any, gh: Tensor) -> Tuple[Any, ...]:
+    # the similarities are a function of x, and their derivative is in that of x
+    return *_differentiate_motion(ctx, gh), None, None
+
+
+def _save_sum(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[0])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_sum(ctx: Any, gy: Maybe, *rest: Any) -> Tuple[Any, ...]:
+    g = None if gy is None else torch.ops.aten.threshold_backward(gy, ctx.saved_tensors[0], 0)
+    return g, g, None
+
+
 def _refuse(ctx: Any, *gradients: Any) -> None:
     raise RuntimeError(
         "the operators of cmr_layers have no second derivatives: run the layers under "
@@ -318,6 +378,8 @@ _DERIVATIVES: Tuple[Tuple[str, Callable[..., None], Callable[..., Any]], ...] = 
     ('front', _save_front, _differentiate_front),
     ('front_conv', _save_front, _differentiate_front),
     ('motion_conv', _save_motion, _differentiate_motion),
+    ('motion_product', _save_product, _differentiate_product),
+    ('rectified_sum', _save_sum, _differentiate_sum),
     ('front_backward', _save_nothing, _refuse),
     ('front_conv_backward', _save_nothing, _refuse),
     ('motion_conv_backward', _save_nothing, _refuse),
@@ -361,6 +423,6 @@ def _motion_backward_flops(gh: Any, *args: Any, **kw: Any) -> int:
 
 for _operator, _flops in (
         (_OPS.front, _front_flops), (_OPS.front_conv, _front_conv_flops), (_OPS.motion_conv, _motion_flops),
-        (_OPS.sme, _motion_flops), (_OPS.front_backward, _front_backward_flops),
+        (_OPS.motion_product, _motion_flops), (_OPS.sme, _motion_flops), (_OPS.front_backward, _front_backward_flops),
         (_OPS.front_conv_backward, _front_conv_backward_flops), (_OPS.motion_conv_backward, _motion_backward_flops)):
     register_flop_formula(_operator)(_flops)

@@ -16,11 +16,24 @@ from . import plain
 from .configs import config, next_power_of_2
 from .triton_front import strides
 
-__all__ = ['motion_conv', 'motion_gradient', 'similarity', 'sme']
+__all__ = ['motion_conv', 'motion_gradient', 'motion_product', 'rectified_sum', 'similarity', 'sme']
 
 
 @triton.jit
-def _pair_sums(x, here, there, C, stride_c, inside, scale_here, scale_there, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
+def _pixels(x, shortcut, at, mask, SUM: tl.constexpr):
+    """Features of pixels; of a block's end, the rectified sum of both branches, rounded as it is stored."""
+    u = tl.load(x + at, mask=mask, other=0.)
+    if SUM:
+        v = tl.load(shortcut + at, mask=mask, other=0.).to(tl.float32)
+        u = tl.maximum(u.to(tl.float32) + v, 0.).to(x.dtype.element_ty)
+    return u.to(tl.float32)
+
+
+@triton.jit
+def _pair_sums(
+        x, shortcut, y, here, there, is_last, C, stride_c, inside, scale_here, scale_there,
+        SUM: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+):
     """Squares of two frames' pixels and their product, summed over the channels."""
     squares_here = tl.zeros([ROWS], tl.float32)
     squares_there = tl.zeros([ROWS], tl.float32)
@@ -28,8 +41,11 @@ def _pair_sums(x, here, there, C, stride_c, inside, scale_here, scale_there, ROW
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
-        u = tl.load(x + here[:, None] + c[None, :] * stride_c, mask=mask, other=0.).to(tl.float32)
-        v = tl.load(x + there[:, None] + c[None, :] * stride_c, mask=mask, other=0.).to(tl.float32)
+        u = _pixels(x, shortcut, here[:, None] + c[None, :] * stride_c, mask, SUM)
+        v = _pixels(x, shortcut, there[:, None] + c[None, :] * stride_c, mask, SUM)
+        if STORE:
+            own = tl.where(is_last, there, here)[:, None] + c[None, :] * stride_c
+            tl.store(y + own, tl.where(is_last[:, None], v, u).to(y.dtype.element_ty), mask=mask)
         u *= scale_here[:, None]
         v *= scale_there[:, None]
         squares_here += tl.sum(u * u, 1)
@@ -40,9 +56,11 @@ def _pair_sums(x, here, there, C, stride_c, inside, scale_here, scale_there, ROW
 
 @triton.jit
 def _similarity_kernel(
-        x, s, inverse_norm,     # (N, C, P) in any order, (N, P), (N, P)
+        x, shortcut, y,         # (N, C, P) in any order, all alike
+        s, inverse_norm,        # (N, P) each
         T, C, P,
         stride_n, stride_c, stride_p,
+        SUM: tl.constexpr,      # the frames are y = relu(x + shortcut), which is stored on the way
         FRAMES: tl.constexpr,   # of a tile, with ROWS / FRAMES pixels of each, so that neighbours share the cache
         ROWS: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -61,13 +79,15 @@ def _similarity_kernel(
     here = (first + pair) * stride_n + p * stride_p
     there = here + stride_n
     one = tl.full([ROWS], 1., tl.float32)
-    e, f, product = _pair_sums(x, here, there, C, stride_c, inside, one, one, ROWS, BLOCK_C)
+    e, f, product = _pair_sums(
+        x, shortcut, y, here, there, t != pair, C, stride_c, inside, one, one, SUM, SUM, ROWS, BLOCK_C)
     scale_e, scale_f = one, one
     if tl.max(tl.maximum(e, f), 0) > 1e37:
         # Squares that overflow, or are about to: once more, with those pixels scaled. A cosine does not mind.
         scale_e = tl.where(e > 1e37, 2.**-75, 1.)
         scale_f = tl.where(f > 1e37, 2.**-75, 1.)
-        e, f, product = _pair_sums(x, here, there, C, stride_c, inside, scale_e, scale_f, ROWS, BLOCK_C)
+        e, f, product = _pair_sums(
+            x, shortcut, y, here, there, t != pair, C, stride_c, inside, scale_e, scale_f, SUM, False, ROWS, BLOCK_C)
     # a norm below 1e-12 counts as zero
     e = tl.where(e > 1e-24, tl.rsqrt(e), 1.)
     f = tl.where(f > 1e-24, tl.rsqrt(f), 1.)
@@ -221,15 +241,27 @@ def _unmotion_kernel(
 
 def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     """Similarities and inverse norms, (N, H, W) each, of clips of two frames or more."""
+    _, s, inverse_norm = _similarity(x, None, num_frames)
+    return s, inverse_norm
+
+
+def rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, Tensor, Tensor]:
+    """relu(x + shortcut), and what :func:`similarity` returns of it, in the launch that writes it."""
+    return _similarity(x, shortcut, num_frames)
+
+
+def _similarity(x: Tensor, shortcut: Optional[Tensor], num_frames: int) -> Tuple[Tensor, Tensor, Tensor]:
     n, channels, height, width = x.shape
     s, inverse_norm = (x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
     meta = config('similarity', x)
     frames = min(next_power_of_2(num_frames), 8)
     grid = (
         n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(height * width, meta['ROWS'] // frames),)
+    y = x if shortcut is None else torch.empty_like(x)
     _similarity_kernel[grid](
-        x, s, inverse_norm, num_frames, channels, height * width, *strides(x), FRAMES=frames, **meta)
-    return s, inverse_norm
+        x, shortcut, y, s, inverse_norm, num_frames, channels, height * width, *strides(x),
+        SUM=shortcut is not None, FRAMES=frames, **meta)
+    return y, s, inverse_norm
 
 
 def _has_matrix_unit(x: Tensor) -> bool:
@@ -265,17 +297,23 @@ def motion_conv(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """As :func:`.plain.motion_conv`, in two launches."""
     s, inverse_norm = similarity(x, num_frames)
+    return motion_product(x, weight, bias, s), s, inverse_norm
+
+
+def motion_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], s: Tensor) -> Tensor:
+    """:func:`motion_conv` of known similarities."""
     if not _has_matrix_unit(x):
-        return plain.product(x, s, weight.flatten(1), bias, residual=False), s, inverse_norm
-    return _product(x, s, weight, bias, (None, None, None, None, 0.), False), s, inverse_norm
+        return plain.product(x, s, weight.flatten(1), bias, residual=False)
+    return _product(x, s, weight, bias, (None, None, None, None, 0.), False)
 
 
 def sme(
         x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], mean: Optional[Tensor],
-        var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float,
+        var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float, s: Optional[Tensor] = None,
 ) -> Tensor:
-    """As :func:`.plain.sme`, in two launches."""
-    s, _ = similarity(x, num_frames)
+    """As :func:`.plain.sme`, in two launches, or in one if the similarities are known."""
+    if s is None:
+        s, _ = similarity(x, num_frames)
     if not _has_matrix_unit(x):
         return plain.normed_product(x, s, weight, bias, mean, var, gamma, beta, eps)
     return _product(x, s, weight, bias, (mean, var, gamma, beta, eps), True)
