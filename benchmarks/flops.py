@@ -8,7 +8,6 @@ counters do not count them.
 """
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -17,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cmr_layers.released  # noqa: F401  (registers the family, and the released variant)
-from benchmarks.machine import describe
+from benchmarks.machine import describe, result_file
 
 # What the paper prints, in G: Table 1 for 8 and 16 frames, Table 3 for r1 = r2.
 PAPER = {'8 frames': 33, '16 frames': 66, 'r = 1': 55, 'r = 4': 39, 'r = 8': 33, 'r = 16': 32}
@@ -81,7 +80,7 @@ def render(results: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, help='write the counts there, as JSON')
+    parser.add_argument('--out', type=result_file, help='write the counts there, as JSON')
     args = parser.parse_args()
     results = measure()
     print(render(results))

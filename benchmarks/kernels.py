@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, positive, result_file
 from cmr_layers.ops import triton_conv, triton_front, triton_sme
 from cmr_layers.ops.dispatch import is_narrow
 
@@ -186,8 +186,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument('--sm', nargs='+', type=int, choices=list(SHARED), default=list(SHARED))
-    parser.add_argument('--frames', nargs='+', type=int, default=[8], help='frames of a clip')
-    parser.add_argument('--out', type=Path, help='write the report there, as JSON')
+    parser.add_argument('--frames', nargs='+', type=positive, default=[8], help='frames of a clip')
+    parser.add_argument('--out', type=result_file, help='write the report there, as JSON')
     args = parser.parse_args()
     rows, bad = [], 0
     for launch in collect(args.dtypes, [True, False], args.frames):

@@ -1,15 +1,32 @@
 """What a result file says about where it comes from."""
+import argparse
 import datetime
 import os
 import platform
 import shlex
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ['describe']
+__all__ = ['describe', 'positive', 'result_file']
+
+
+def result_file(text: str) -> Path:
+    """An argument of argparse's: a file that can be written, which is better known before measuring than after."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f'there is no folder {str(path.parent)!r}')
+    return path
+
+
+def positive(text: str) -> int:
+    """An argument of argparse's: a positive int."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'must be a positive int, got {text!r}')
+    return int(text)
 
 
 def _processor() -> str:

@@ -456,6 +456,8 @@ def main() -> int:
     parser.add_argument('--add', action='store_true', help='keep what the file has of other settings')
     args = parser.parse_args()
     timing.check_device(parser, args)
+    if args.add and not args.out:
+        parser.error('argument --add: wants an --out to add to')
     torch.backends.cudnn.benchmark = True  # the plain network is to be as fast as it gets
     cuda = args.device == 'cuda'
     args.batch = args.batch or ([1, 8] if cuda and not args.quick else [1])
@@ -479,7 +481,7 @@ def main() -> int:
     failed = {entry['missing'] for setting in settings for part in ('inference', 'training')
               for entry in setting.get(part, {}).values()
               if entry.get('missing', 'no time to compile') != 'no time to compile'}
-    if args.add and args.out and args.out.exists():
+    if args.add and args.out.exists():
         settings = merge(json.loads(args.out.read_text())['settings'], settings)
     verdicts = judge(settings)
     results = {**timing.environment(), 'settings': settings, 'goals': verdicts}

@@ -14,13 +14,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, result_file
 
 __all__ = [
     'DTYPES', 'Call', 'Deadline', 'Samples', 'arguments', 'check_device', 'environment', 'interleave', 'origin',
@@ -231,7 +230,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument('--rounds', type=_positive(int), help='samples of each candidate')
     parser.add_argument('--minutes', type=_positive(float), help='time limit; what does not fit is left out and said')
     parser.add_argument('--quick', action='store_true', help='a smoke run: small, few rounds, no numbers to quote')
-    parser.add_argument('--out', type=Path, help='write the results there, as JSON')
+    parser.add_argument('--out', type=result_file, help='write the results there, as JSON')
     return parser
 
 

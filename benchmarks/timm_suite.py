@@ -20,7 +20,7 @@ from pathlib import Path
 import timm
 
 import cmr_layers  # noqa: F401  (registers the family)
-from benchmarks.machine import describe
+from benchmarks.machine import describe, result_file
 
 TESTS = {
     'test_model_forward', 'test_model_backward', 'test_model_default_cfgs', 'test_model_forward_torchscript',
@@ -77,7 +77,7 @@ def main() -> int:
     parser.add_argument('names', nargs='*', metavar='NAME', help=f'of {", ".join(family)} (default: all)')
     parser.add_argument('--hub', action='store_true', help='also the two tests that load checkpoints from the hub')
     parser.add_argument('--cache', type=Path, help='folder to keep the sdist in (default: a temporary one)')
-    parser.add_argument('--out', type=Path, help='write the outcomes there, as JSON')
+    parser.add_argument('--out', type=result_file, help='write the outcomes there, as JSON')
     args = parser.parse_args()
     names = args.names or family
     unknown = sorted(set(names) - set(family))

@@ -460,6 +460,9 @@ def test_page_without_its_markers(text):
     ('networks', ['--device', 'cpu', '--modes', 'graph'], list(networks.MODES['cpu'])),
     ('networks', ['--rounds', '0'], ['more than 0']),
     ('networks', ['--minutes', '-1'], ['more than 0']),
+    ('networks', ['--add'], ['--out']),
+    ('networks', ['--out', 'no/such/folder/x.json'], ["there is no folder 'no/such/folder'"]),
+    ('ops', ['--out', 'no/such/folder/x.json'], ["there is no folder 'no/such/folder'"]),
 ])
 def test_bad_arguments_fail_at_once_and_list_the_choices(module, args, wanted, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', [module, *args])

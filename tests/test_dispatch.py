@@ -130,7 +130,7 @@ def test_the_environment_variable_forces_a_path():
             [sys.executable, '-c', code], env={**os.environ, 'CMR_LAYERS_PATH': value}, capture_output=True, text=True)
 
     assert run('reference').stdout == 'TIM  TIM  reference (forced)\n'
-    assert run('auto').stdout == 'TIM  TIM  plain (x is on cpu)\n'
+    assert run('auto').stdout == run('').stdout == 'TIM  TIM  plain (x is on cpu)\n'
     assert "CMR_LAYERS_PATH must be one of 'auto', 'triton', 'plain', 'reference', got 'fast'" in run('fast').stderr
 
 

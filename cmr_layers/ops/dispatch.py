@@ -34,7 +34,7 @@ def _checked(path: Any, source: str) -> str:
     return str(path)
 
 
-_path = _checked(os.environ.get(VARIABLE, 'auto'), VARIABLE)
+_path = _checked(os.environ.get(VARIABLE) or 'auto', VARIABLE)
 _log: Optional[List[Decision]] = None
 
 
