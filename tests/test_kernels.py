@@ -11,7 +11,7 @@ CASES = {
     'bf16, channels_last': ('bf16', True, 8, EARLY),
     'fp16, contiguous, 5 frames': ('fp16', False, 5, LATE),
     'fp32, channels_last': ('fp32', True, 8, LATE),
-    'fp16, channels_last, 64 frames': ('fp16', True, 64, LATE),
+    'fp16, channels_last, 32 frames': ('fp16', True, triton_front.MAX_FRAMES, LATE),
 }
 
 
@@ -42,13 +42,19 @@ def test_the_report_sees_what_must_not_ship():
 
 
 def test_a_kernel_that_spills_is_seen():
-    # 128 frames of 1024 channels at once: far more than the registers hold
-    x = torch.empty(128, 1024, 7, 7, device='meta')
+    # 32 frames of 1024 channels at once: far more than the registers hold
+    x = torch.empty(32, 1024, 7, 7, device='meta')
     weights = [torch.empty(shape, device='meta') for shape in ((128, 1024), (128, 1024), (1024, 128))]
-    launch, = (v for v in kernels.record(lambda: triton_front.gates(x, 128, *weights, None)) if 'gate' in v.name)
-    constants = dict(launch.constants, BLOCK_C=256)
+    launch, = (v for v in kernels.record(lambda: triton_front.gates(x, 32, *weights, None)) if 'gate' in v.name)
+    constants = dict(launch.constants, BLOCK_C=1024)
     spilled = kernels.compile_for(launch._replace(constants=tuple(constants.items())), 90)
     assert spilled['stack'] > kernels.STACK and kernels.failures(launch, 90, spilled)
+
+
+def test_clips_too_long_for_the_kernel_of_the_gates_leave_them_to_a_library():
+    launches = kernels.collect(['fp16'], [True], [33], [LATE])
+    assert {launch.name for launch in launches}.isdisjoint({'_pool_kernel', '_project_kernel', '_gate_kernel'})
+    assert '_mix_kernel' in {launch.name for launch in launches}
 
 
 def test_recording_gives_the_kernels_back():
