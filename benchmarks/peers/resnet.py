@@ -1,0 +1,35 @@
+"""TSN: ResNet-50 on every frame, the mean of the logits; and how the others get into it.
+
+Source: `Temporal Segment Networks` (ECCV 2016).
+"""
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import timm
+from timm.models.resnet import Bottleneck
+from torch import nn
+
+from cmr_layers import ClipModel
+
+__all__ = ['before_conv1', 'bottlenecks', 'tsn_resnet50']
+
+
+def tsn_resnet50(num_frames: int = 8, num_classes: int = 174, name: str = 'resnet50', **kwargs: Any) -> ClipModel:
+    """ResNet-50, or timm's network of another name, that averages the logits of a clip's frames."""
+    return ClipModel(timm.create_model(name, num_classes=num_classes, **kwargs), num_frames)
+
+
+def bottlenecks(model: nn.Module) -> Iterator[Bottleneck]:
+    """All residual blocks, in order."""
+    return (module for module in model.modules() if isinstance(module, Bottleneck))
+
+
+def before_conv1(model: nn.Module, make: Callable[..., nn.Module]) -> None:
+    """Open the residual branch of every block with what ``make(channels, device=, dtype=)`` returns.
+
+    The shortcut takes the block's input as it is. The convolution's keys become ``conv1.1.weight``.
+    """
+    for block in bottlenecks(model):
+        conv = block.conv1
+        block.conv1 = nn.Sequential(  # type: ignore[assignment]
+            make(conv.in_channels, device=conv.weight.device, dtype=conv.weight.dtype), conv)
