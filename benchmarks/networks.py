@@ -13,7 +13,6 @@ Modes: eager; folded (batch norms into convolutions); compiled (folded, torch.co
 with its constants folded; CPU); graph (folded, captured as a CUDA graph); compiled-graph (both).
 """
 import argparse
-import copy
 import json
 import sys
 import traceback
@@ -23,15 +22,12 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import cmr_layers.released  # noqa: F401  (registers the family, and the released variant)
 from benchmarks import timing
+from benchmarks.candidates import COMPILED, MODES, Setting, Workshop, trained
 from benchmarks.flops import table
-from cmr_layers import CME, TIM
-from cmr_layers.deploy import graphed
 from cmr_layers.ops import use_path
 
 FRAMES = 8  # of a clip
@@ -45,11 +41,6 @@ NETWORKS = {
     'released': ('released_cmr_resnet50', 'auto'),
     'released reference': ('released_cmr_resnet50', 'reference'),
 }
-MODES = {
-    'cpu': ('eager', 'folded', 'compiled', 'frozen'),
-    'cuda': ('eager', 'folded', 'graph', 'compiled', 'compiled-graph'),
-}
-COMPILED = ('compiled', 'frozen', 'compiled-graph')
 TRAINED = ('plain', 'cmr', 'cmr reference')
 
 
@@ -98,137 +89,10 @@ class PerFrame(nn.Module):
         return y
 
 
-def build(name: str, seed: int = 0) -> nn.Module:
-    """A network of frames in eval mode, with values as after training: statistics and temporal weights are no defaults.
-
-    Args:
-        name: timm's name.
-        seed: Of all values.
-    """
-    torch.manual_seed(seed)
+def build(name: str) -> nn.Module:
+    """timm's network of a name, of frames: its values are the same at every call."""
     model = timm.create_model(name, num_classes=CLASSES)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.weight.uniform_(.5, 1)
-                m.bias.uniform_(-.5, .5)
-                assert m.running_mean is not None and m.running_var is not None
-                m.running_mean.uniform_(-.5, .5)
-                m.running_var.uniform_(.5, 2)
-            elif isinstance(m, (CME, TIM)):
-                for p in m.parameters():
-                    p.uniform_(-.7, .7)
-    return (PerFrame(model, FRAMES) if name == 'resnet50' else model).eval()
-
-
-def fold(model: nn.Module) -> nn.Module:
-    """A copy without batch norms. timm's own networks do not fold theirs, so the plain one is folded by its names."""
-    if not isinstance(model, PerFrame):
-        folded: nn.Module = reparameterize_model(model)
-        return folded
-    model = copy.deepcopy(model)
-    for module in list(model.modules()):
-        children = dict(module.named_children())
-        pairs = [(name, 'bn' + name[4:]) for name in children if name.startswith('conv')]
-        if isinstance(module, nn.Sequential) and isinstance(children.get('1'), nn.BatchNorm2d):
-            pairs = [('0', '1')]  # a downsample
-        for before, after in pairs:
-            conv, norm = children[before], children[after]
-            assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
-            setattr(module, before, fuse_conv_bn_eval(conv, norm))
-            setattr(module, after, nn.Identity().eval())
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    return model
-
-
-class Setting(NamedTuple):
-    """Where a table is measured."""
-    device: str
-    dtype: str
-    batch: int
-    size: int
-    layout: str
-
-    @property
-    def label(self) -> str:
-        return f'{self.device}, {self.dtype}, batch {self.batch}, {FRAMES}x{self.size}x{self.size}, {self.layout}'
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        return torch.channels_last if self.layout == 'channels_last' else torch.contiguous_format
-
-    def place(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        dtype = dtype or timing.DTYPES[self.dtype]
-        return copy.deepcopy(model).to(self.device, dtype).to(memory_format=self.memory_format)
-
-    def inputs(self, count: int, dtype: torch.dtype | None = None) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return [
-            torch.randn(self.batch * FRAMES, 3, self.size, self.size, generator=generator)
-            .to(self.device, dtype or timing.DTYPES[self.dtype]).contiguous(memory_format=self.memory_format)
-            for _ in range(count)]
-
-
-class Workshop:
-    """Makes the candidates of a setting. Networks are shared among the modes that do not change them."""
-
-    def __init__(self, setting: Setting, x: Tensor) -> None:
-        self.setting, self.x = setting, x
-        self.made: dict[tuple[str, ...], Any] = {}
-
-    def _once(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
-        if key not in self.made:
-            self.made[key] = make()
-        return self.made[key]
-
-    def network(self, name: str, folded: bool) -> nn.Module:
-        """A network, placed. Folding comes before rounding."""
-        base = self._once((name,), lambda: build(name))
-        model: nn.Module = self._once(
-            (name, 'folded' if folded else 'eager'), lambda: self.setting.place(fold(base) if folded else base))
-        return model
-
-    def truth(self, name: str) -> Tensor:
-        """Logits in float64, of the weights before they are rounded."""
-        def compute() -> Tensor:
-            self.network(name, False)
-            model = self.setting.place(self.made[name,], torch.float64)
-            with torch.inference_mode(), use_path('reference'):
-                y: Tensor = model(self.x.double())
-            return y
-        logits: Tensor = self._once((name, 'truth'), compute)
-        return logits
-
-    def compiled(self, label: str, frozen: bool = False) -> Any:
-        """Compiled where it stands, by its first call; under the path of the label."""
-        name, _ = NETWORKS[label]
-
-        def compile_() -> Any:
-            # As an option it keeps the two kinds of graphs apart, which may take each other's place otherwise; as a
-            # patch it reaches the tracer, which has to see constants where it sees inputs otherwise.
-            options: Any = {'freezing': True} if frozen else None
-            model = torch.compile(self.network(name, True), dynamic=False, options=options)
-            with torch._inductor.config.patch(freezing=frozen), torch.inference_mode():
-                model(self.x)
-            return model
-        return self._once((label, 'frozen' if frozen else 'compiled'), compile_)
-
-    def candidate(self, label: str, mode: str) -> Callable[[Tensor], Tensor]:
-        """A function from frames to logits."""
-        name, path = NETWORKS[label]
-        with use_path(path):
-            if mode in COMPILED:
-                model = self.compiled(label, mode == 'frozen')
-            else:
-                model = self.network(name, mode != 'eager')
-            if mode in _GRAPHS:
-                model = graphed(model, self.x)
-
-        def run(x: Tensor) -> Tensor:
-            with torch.inference_mode(), use_path(path):
-                y: Tensor = model(x)
-                return y
-        return run
+    return trained(PerFrame(model, FRAMES) if name == 'resnet50' else model)
 
 
 def plan(device: str, modes: Sequence[str]) -> list[tuple[str, str]]:
@@ -244,7 +108,7 @@ def inference(setting: Setting, modes: Sequence[str], rounds: int, seconds: floa
     """Time all networks in all modes, in about as many seconds; a quarter of them is for the rounds."""
     with torch.inference_mode():  # inputs as CUDA graphs have them inside, else everything is compiled twice
         inputs = setting.inputs(4)
-    workshop = Workshop(setting, inputs[0])
+    workshop = Workshop(setting, build, inputs[0])
     torch._dynamo.config.recompile_limit = 64  # the networks share code, and each is a new case of it
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     results: dict[str, Any] = {}
@@ -253,15 +117,16 @@ def inference(setting: Setting, modes: Sequence[str], rounds: int, seconds: floa
     last_call = seconds * (.75 if setting.device == 'cuda' else .5)  # a GPU needs little for the rounds
     for label, mode in plan(setting.device, modes):
         name = f'{label}, {mode}'
-        shared = (label, 'compiled') in workshop.made
+        network, path = NETWORKS[label]
+        shared = workshop.has_compiled(network, path)
         if mode in COMPILED and not shared and -start.left() + sum(spent) / len(spent) > last_call:
             results[name] = {'missing': 'no time to compile'}
             continue
         timing.progress(f'prepare {name}')
         deadline = timing.Deadline(0)
         try:
-            run = workshop.candidate(label, mode)
-            error = timing.relative_error([run(inputs[0])], [workshop.truth(NETWORKS[label][0])])
+            run = workshop.candidate(network, path, mode)
+            error = timing.relative_error([run(inputs[0])], [workshop.truth(network)])
         except Exception as reason:  # the other candidates are worth their time
             traceback.print_exc()
             results[name] = {'missing': type(reason).__name__}
@@ -395,9 +260,8 @@ def _render_setting(setting: dict[str, Any]) -> str:
             name, time, *clip, timing.show(_to(results, name, same)), timing.show(_to(results, name, plain)),
             f'{entry["error"]:.0e}' if 'error' in entry else '',
             *[timing.show(entry.get('host_seconds'), 1e3)] * cuda])
-    label = Setting(*(setting[field] for field in Setting._fields)).label
     return '\n\n'.join([
-        f'**{label}** ({timing.origin(setting)})', table(head, rows),
+        f'**{Setting.of(setting).label}** ({timing.origin(setting)})', table(head, rows),
         *([_render_training(setting['training'], cuda)] if 'training' in setting else [])])
 
 
@@ -440,10 +304,8 @@ def measure(setting: Setting, args: argparse.Namespace, seconds: float) -> dict[
 
 def merge(old: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Settings of two runs, the newer ones in the place of the same older ones."""
-    def key(entry: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(entry[field] for field in Setting._fields)
-    measured = {key(entry) for entry in new}
-    return [*(entry for entry in old if key(entry) not in measured), *new]
+    measured = {Setting.of(entry) for entry in new}
+    return [*(entry for entry in old if Setting.of(entry) not in measured), *new]
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ import torch
 from helpers import randomize
 from torch import nn
 
-from benchmarks import networks, ops, report, timing
+from benchmarks import candidates, networks, ops, report, timing
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,7 +249,7 @@ def test_the_plain_network_is_the_mean_over_the_frames_and_folds_exactly():
     with torch.no_grad():
         want = model(x)
         torch.testing.assert_close(want, model.network(x).view(2, networks.FRAMES, -1).mean(1))
-        folded = networks.fold(model)
+        folded = candidates.fold(model, x)
         torch.testing.assert_close(folded(x), want)
     assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
     assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())  # it was a copy
