@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -16,7 +17,7 @@ from cmr_layers import CME, TIM
 from cmr_layers.deploy import graphed
 from cmr_layers.ops import use_path
 
-__all__ = ['COMPILED', 'MODES', 'Setting', 'Workshop', 'fold', 'trained']
+__all__ = ['COMPILED', 'MODES', 'Setting', 'Workshop', 'fold', 'trained', 'trainer']
 
 # What can be done to a network, where
 MODES = {
@@ -209,3 +210,29 @@ class Workshop:
                 y: Tensor = model(x)
                 return y
         return run
+
+
+def trainer(setting: Setting, model: nn.Module, path: str) -> tuple[
+        Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], list[Tensor]]:
+    """A training step in two forms, forward and backward pass alone and with SGD's step, and the parameters.
+
+    Weights are float32; another data type is autocast's.
+    """
+    model = setting.place(model, torch.float32).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-4, momentum=.9)
+    target = torch.arange(setting.batch, device=setting.device)
+    dtype = setting.torch_dtype
+
+    def forward_backward(x: Tensor) -> Tensor:
+        with use_path(path):
+            with torch.autocast(setting.device, dtype, enabled=dtype is not torch.float32):
+                loss = F.cross_entropy(model(x), target)
+            loss.backward()
+        return loss
+
+    def step(x: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        loss = forward_backward(x)
+        optimizer.step()
+        return loss
+    return forward_backward, step, list(model.parameters())

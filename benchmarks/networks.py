@@ -16,19 +16,17 @@ import argparse
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cmr_layers.released  # noqa: F401  (registers the family, and the released variant)
 from benchmarks import timing
-from benchmarks.candidates import COMPILED, MODES, Setting, Workshop, trained
+from benchmarks.candidates import COMPILED, MODES, Setting, Workshop, trained, trainer
 from benchmarks.flops import table
-from cmr_layers.ops import use_path
 
 FRAMES = 8  # of a clip
 CLASSES = 174
@@ -152,14 +150,14 @@ def _record(results: dict[str, Any], samples: timing.Samples) -> None:
 def training(setting: Setting, rounds: int, seconds: float) -> dict[str, Any]:
     """Time a training step: forward, loss, backward, SGD. In half precision that is autocast over float32 weights."""
     inputs = setting.inputs(4, torch.float32)
-    target = torch.arange(setting.batch, device=setting.device)
     results: dict[str, Any] = {}
     calls: dict[str, timing.Call] = {}
     for label in TRAINED:
         timing.progress(f'train {label}')
         before = torch.cuda.memory_allocated() if setting.device == 'cuda' else 0
         try:
-            forward_backward, step, parameters = _trainer(setting, label, target)
+            name, path = NETWORKS[label]
+            forward_backward, step, parameters = trainer(setting, build(name), path)
             step(inputs[0])  # it makes the optimizer's state
             if setting.device == 'cuda':  # with the network itself, and not with what else is there
                 memory = timing.peak_bytes(lambda step=step: step(inputs[0]), before)  # type: ignore[misc]
@@ -175,29 +173,6 @@ def training(setting: Setting, rounds: int, seconds: float) -> dict[str, Any]:
         results[label] = {'memory_bytes': memory}
     _record(results, timing.interleave(calls, setting.device, rounds, seconds))
     return results
-
-
-def _trainer(setting: Setting, label: str, target: Tensor) -> tuple[
-        Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], list[Tensor]]:
-    """Forward and backward pass, the same with the optimizer's step, and the parameters."""
-    name, path = NETWORKS[label]
-    model = setting.place(build(name), torch.float32).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=.9)
-    dtype = timing.DTYPES[setting.dtype]
-
-    def forward_backward(x: Tensor) -> Tensor:
-        with use_path(path):
-            with torch.autocast(setting.device, dtype, enabled=dtype is not torch.float32):
-                loss = F.cross_entropy(model(x), target)
-            loss.backward()
-        return loss
-
-    def step(x: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        loss = forward_backward(x)
-        optimizer.step()
-        return loss
-    return forward_backward, step, list(model.parameters())
 
 
 def best(results: dict[str, Any], network: str, modes: Sequence[str]) -> str | None:

@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -22,8 +22,9 @@ from torch import Tensor
 from benchmarks.machine import describe, result_file
 
 __all__ = [
-    'DTYPES', 'Call', 'Deadline', 'Samples', 'arguments', 'check_device', 'environment', 'interleave', 'origin',
-    'peak_bytes', 'progress', 'ratio', 'relative_error', 'rotate', 'saved_bytes', 'show', 'summary']
+    'DTYPES', 'Call', 'Deadline', 'Samples', 'arguments', 'check_device', 'environment', 'interleave', 'interval',
+    'origin', 'peak_bytes', 'peak_host_bytes', 'progress', 'ratio', 'relative_error', 'rotate', 'saved_bytes', 'show',
+    'summary']
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -40,11 +41,14 @@ Call = Callable[[], object]
 
 class Samples(NamedTuple):
     """Seconds per call, one entry for each round, in the order of the rounds for all candidates."""
-    time: dict[str, list[float]]
-    host: dict[str, list[float]]  # CUDA only: seconds until a call returned, whatever the device still had to do
+    time: dict[Any, list[float]]
+    host: dict[Any, list[float]]  # CUDA only: seconds until a call returned, whatever the device still had to do
 
 
-def interleave(candidates: dict[str, Call], device: str, rounds: int, seconds: float, seed: int = 0) -> Samples:
+def interleave(
+        candidates: Mapping[Any, Call], device: str, rounds: int, seconds: float, seed: int = 0,
+        tick: Callable[[], object] = lambda: None,
+) -> Samples:
     """Time candidates side by side.
 
     On the CPU a sample is one call between two readings of the clock. On CUDA it is as many calls as take a
@@ -52,11 +56,12 @@ def interleave(candidates: dict[str, Call], device: str, rounds: int, seconds: f
     what should come from memory has to be rotated (see :func:`rotate`).
 
     Args:
-        candidates: What to call, by name. Each is called untimed first.
+        candidates: What to call, by name or whatever tells them apart. Each is called untimed first.
         device: 'cpu' or 'cuda'.
         rounds: Samples of each candidate.
         seconds: Stop earlier when so much time is spent, but not before there are five rounds.
         seed: Of the order within the rounds.
+        tick: Called behind every sample.
     """
     if not candidates or rounds < 1:
         raise ValueError(f'there must be candidates and rounds, got {len(candidates)} and {rounds}')
@@ -82,6 +87,7 @@ def interleave(candidates: dict[str, Call], device: str, rounds: int, seconds: f
                 else:
                     device_time = _sample_cpu(candidates[name])
                 samples.time[name].append(device_time)
+                tick()
     finally:
         gc.unfreeze()
         if collects:
@@ -152,6 +158,42 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     return summary([value / other for value, other in zip(values, base)])
 
 
+def interval(
+        values: Sequence[Sequence[float]], base: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0,
+) -> dict[str, float]:
+    """Median of the ratios within the rounds, and a 95% interval by bootstrap in two steps.
+
+    What is drawn with replacement is passes first and then their rounds. Rounds of one pass share the memory that the
+    networks got and the hour, so they alone would promise more than another run keeps.
+
+    Args:
+        values: For each pass, a time for each round.
+        base: What they are divided by, likewise.
+        resamples: How often to draw.
+        seed: Of the draws.
+
+    Returns:
+        ``ratio`` (the median over all rounds), ``low`` and ``high``, ``passes`` and ``rounds``.
+    """
+    lengths = [len(rounds) for rounds in values]
+    if not lengths or 0 in lengths or lengths != [len(rounds) for rounds in base]:
+        raise ValueError(f'ratios are taken within rounds, got {lengths} and {[len(other) for other in base]} of them')
+    ratios = torch.full((len(lengths), max(lengths)), math.nan, dtype=torch.float64)
+    for i, (rounds, others) in enumerate(zip(values, base)):
+        ratios[i, :len(rounds)] = torch.tensor(rounds, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    passes = torch.randint(len(lengths), (resamples, len(lengths)), generator=generator)
+    counts = torch.tensor(lengths)[passes].unsqueeze(-1)
+    rounds_ = (torch.rand(*passes.shape, max(lengths), generator=generator) * counts).long()
+    drawn = ratios[passes.unsqueeze(-1), rounds_]
+    drawn = drawn.masked_fill(torch.arange(max(lengths)) >= counts, math.nan)  # as many rounds as the pass has
+    medians = drawn.flatten(1).nanquantile(.5, 1)
+    low, high = medians.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
+    return {
+        'ratio': ratios.nanquantile(.5).item(), 'low': low, 'high': high, 'passes': len(lengths),
+        'rounds': sum(lengths)}
+
+
 def show(entry: dict[str, float] | None, scale: float = 1, digits: int = 2) -> str:
     """``median [lower quartile, upper quartile]``, as every table has it."""
     if entry is None:
@@ -169,6 +211,21 @@ def peak_bytes(call: Call, base: int | None = None) -> int:
     torch.cuda.synchronize()
     del result
     return torch.cuda.max_memory_allocated() - base
+
+
+def peak_host_bytes(call: Call) -> int:
+    """Most CPU memory that PyTorch's allocator handed out during a call, beyond what was in use before it.
+
+    What oneDNN and others allocate for themselves is not in it.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = call()
+        del result
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == '[memory]']
+    events.sort(key=lambda event: event.start_ns())
+    in_use = itertools.accumulate((event.nbytes() for event in events), initial=0)
+    return int(max(in_use))
 
 
 def saved_bytes(call: Call, owned: Iterable[Tensor] = ()) -> int:

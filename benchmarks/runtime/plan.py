@@ -1,0 +1,130 @@
+"""Which studies there are, and what is interleaved in each of them."""
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from benchmarks.candidates import COMPILED, Setting
+from benchmarks.runtime.models import LAYERS, MODELS, OFF_THE_SHELF, PLACEMENTS, REDUCTIONS, TABLE_7
+
+__all__ = ['BASES', 'MODES', 'STUDIES', 'Candidate', 'Study', 'studies']
+
+# Which path the layers take, and what is done to the network (benchmarks.candidates). 'eager' is everybody's plain
+# PyTorch, CMR's reference path included; 'fused' is what a user of this package gets without asking.
+MODES = {
+    'eager': ('reference', 'eager'), 'fused': ('auto', 'eager'), 'folded': ('auto', 'folded'),
+    'compiled': ('auto', 'compiled'), 'frozen': ('auto', 'frozen'),
+    'graph': ('auto', 'graph'), 'compiled-graph': ('auto', 'compiled-graph'),
+}
+ON = {'cpu': ('eager', 'fused', 'folded', 'compiled', 'frozen'),
+      'cuda': ('eager', 'fused', 'folded', 'graph', 'compiled', 'compiled-graph')}
+BASES = ('tsn', 'tsm')  # what ratios are taken to: in every study
+_FEW = (*BASES, 'cmr')
+
+STUDIES = {
+    'latency': 'Table 7: latency at batch 1, in eager, fused and folded mode (CUDA: and as a graph)',
+    'throughput': 'Table 7: throughput at batch 8',
+    'placement': 'Table 5, and the reductions of Table 3: latency',
+    'frames': '16 frames: latency, with those of torchvision',
+    'training': 'a training step',
+    'modes': 'torch.compile',
+    'precision': 'other data types, and the other memory layout: latency',
+    'scale-frames': 'latency against frames, 4 to 64',
+    'scale-layers': 'one layer against frames, 4 to 64',
+    'scale-size': 'latency against resolution',
+    'scale-batch': 'latency against clips in a batch',
+    'scale-width': 'latency against the width of the network',
+}
+
+
+class Candidate(NamedTuple):
+    """One model, in one mode, somewhere."""
+    model: str
+    mode: str
+    setting: Setting
+    width: float = 1  # of the network: a factor on the channels of all stages
+    training: bool = False
+
+
+class Study(NamedTuple):
+    """Candidates that are interleaved with each other."""
+    name: str
+    candidates: tuple[Candidate, ...]
+    passes: int     # how often everything is built and timed anew
+    rounds: int     # of each pass
+
+
+def _takes(model: str, frames: int) -> bool:
+    lengths = MODELS[model].frames
+    return lengths is None or frames in lengths
+
+
+def _cross(
+        models: Iterable[str], modes: Sequence[str], setting: Setting, training: bool = False) -> Iterator[Candidate]:
+    for model in models:
+        if _takes(model, setting.frames):
+            for mode in modes:
+                yield Candidate(model, mode, setting, training=training)
+
+
+def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
+    cuda = base.device == 'cuda'
+    one = ('fused',)
+    if name == 'latency':
+        yield from _cross([*TABLE_7, *OFF_THE_SHELF], ['eager', 'fused', 'folded', *['graph'] * cuda], base)
+    elif name == 'throughput':
+        yield from _cross([*TABLE_7, *['r3d_18', 'swin3d_t'] * cuda], one, base._replace(batch=8))
+    elif name == 'placement':
+        yield from _cross([*BASES, 'tim', 'cmr', *PLACEMENTS, *REDUCTIONS], ['folded', 'graph'] if cuda else one, base)
+    elif name == 'frames':
+        yield from _cross([*TABLE_7, *OFF_THE_SHELF], one, base._replace(frames=16))
+    elif name == 'training':
+        yield from _cross(TABLE_7, one, base._replace(batch=8 if cuda else 1), training=True)
+    elif name == 'modes':
+        models = [*BASES, 'tei', 'stm', 'tdrl', 'cmr']
+        yield from _cross(models, ['folded', 'compiled', 'compiled-graph' if cuda else 'frozen'], base)
+    elif name == 'precision':
+        for dtype in ('fp32', 'tf32', 'fp16', 'bf16') if cuda else ('fp32', 'bf16'):
+            yield from _cross(_FEW, one, base._replace(dtype=dtype))
+        yield from _cross(_FEW, one, base._replace(
+            layout='contiguous' if base.layout == 'channels_last' else 'channels_last'))
+    elif name == 'scale-frames':
+        for frames in (4, 8, 16, 32, 64):
+            yield from _cross([*_FEW, 'tei', 'tdrl'], one, base._replace(frames=frames, size=base.size // 2))
+    elif name == 'scale-layers':
+        for frames in (4, 8, 16, 32, 64):
+            yield from _cross(LAYERS, ('eager', 'fused'), base._replace(frames=frames, size=max(2, base.size // 16)))
+    elif name == 'scale-size':
+        for size in (base.size // 2, base.size * 3 // 4, base.size, base.size * 5 // 4):
+            yield from _cross(_FEW, one, base._replace(size=size - size % 2))
+    elif name == 'scale-batch':
+        for batch in (1, 2, 4, 8) if cuda else (1, 2, 4):
+            yield from _cross(_FEW, one, base._replace(batch=batch, size=base.size // 2))
+    elif name == 'scale-width':
+        for width in (.5, 1, 1.5, 2):
+            for model in _FEW:
+                yield Candidate(model, 'fused', base._replace(size=base.size // 2), width)
+
+
+def studies(
+        names: Sequence[str], base: Setting, passes: int, rounds: int, models: Sequence[str] | None = None,
+        modes: Sequence[str] | None = None,
+) -> list[Study]:
+    """The studies of these names.
+
+    Args:
+        names: Of :data:`STUDIES`.
+        base: The setting that each of them varies.
+        passes: How often all is built anew. A study that compiles has one pass, of as many rounds in all.
+        rounds: Of each pass.
+        models: Only these, and what ratios are taken to; default: all of the study.
+        modes: Only these; default: all of the study.
+    """
+    found = []
+    for name in names:
+        candidates = tuple(dict.fromkeys(
+            c for c in _candidates(name, base)
+            if (models is None or c.model in models or (c.model in BASES and name != 'scale-layers'))
+            and (modes is None or c.mode in modes)))
+        compiles = any(c.mode in COMPILED for c in candidates)
+        if candidates:
+            found.append(Study(name, candidates, 1 if compiles else passes, rounds * passes if compiles else rounds))
+    return found
