@@ -28,9 +28,15 @@ COMPILED = ('compiled', 'frozen', 'compiled-graph')
 _GRAPHS = ('graph', 'compiled-graph')
 
 
-def trained(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give a network values as after training, where statistics and temporal weights are no defaults; eval mode."""
+def trained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network with values as after training, where statistics and temporal weights are no defaults, in eval mode.
+
+    Args:
+        make: Builds it.
+        seed: Of all values.
+    """
     torch.manual_seed(seed)
+    model = make()
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, _BatchNorm):

@@ -51,4 +51,4 @@ def describe(*packages: str) -> dict[str, Any]:
 
 def _module() -> list[str]:
     spec = getattr(sys.modules['__main__'], '__spec__', None)
-    return [spec.name] if spec else [sys.argv[0]]
+    return [spec.name.removesuffix('.__main__')] if spec else [sys.argv[0]]

@@ -89,8 +89,10 @@ class PerFrame(nn.Module):
 
 def build(name: str) -> nn.Module:
     """timm's network of a name, of frames: its values are the same at every call."""
-    model = timm.create_model(name, num_classes=CLASSES)
-    return trained(PerFrame(model, FRAMES) if name == 'resnet50' else model)
+    def make() -> nn.Module:
+        model = timm.create_model(name, num_classes=CLASSES)
+        return PerFrame(model, FRAMES) if name == 'resnet50' else model
+    return trained(make)
 
 
 def plan(device: str, modes: Sequence[str]) -> list[tuple[str, str]]:

@@ -22,9 +22,9 @@ from torch import Tensor
 from benchmarks.machine import describe, result_file
 
 __all__ = [
-    'DTYPES', 'Call', 'Deadline', 'Samples', 'arguments', 'check_device', 'environment', 'interleave', 'interval',
-    'origin', 'peak_bytes', 'peak_host_bytes', 'progress', 'ratio', 'relative_error', 'rotate', 'saved_bytes', 'show',
-    'summary']
+    'DTYPES', 'Call', 'Deadline', 'Samples', 'arguments', 'bootstrap', 'check_device', 'environment', 'interleave',
+    'interval', 'origin', 'peak_bytes', 'peak_host_bytes', 'progress', 'ratio', 'relative_error', 'rotate',
+    'saved_bytes', 'show', 'summary']
 
 DTYPES = {'fp32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
@@ -158,40 +158,45 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> dict[str, float]:
     return summary([value / other for value, other in zip(values, base)])
 
 
-def interval(
-        values: Sequence[Sequence[float]], base: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0,
-) -> dict[str, float]:
-    """Median of the ratios within the rounds, and a 95% interval by bootstrap in two steps.
+def bootstrap(values: Sequence[Sequence[float]], resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Median of what the rounds of several passes have, and a 95% interval by a bootstrap in two steps.
 
     What is drawn with replacement is passes first and then their rounds. Rounds of one pass share the memory that the
     networks got and the hour, so they alone would promise more than another run keeps.
 
     Args:
-        values: For each pass, a time for each round.
-        base: What they are divided by, likewise.
+        values: For each pass, a number for each round.
         resamples: How often to draw.
         seed: Of the draws.
 
     Returns:
-        ``ratio`` (the median over all rounds), ``low`` and ``high``, ``passes`` and ``rounds``.
+        ``median`` over all rounds, ``low`` and ``high``, ``passes`` and ``rounds``.
     """
     lengths = [len(rounds) for rounds in values]
-    if not lengths or 0 in lengths or lengths != [len(rounds) for rounds in base]:
-        raise ValueError(f'ratios are taken within rounds, got {lengths} and {[len(other) for other in base]} of them')
-    ratios = torch.full((len(lengths), max(lengths)), math.nan, dtype=torch.float64)
-    for i, (rounds, others) in enumerate(zip(values, base)):
-        ratios[i, :len(rounds)] = torch.tensor(rounds, dtype=torch.float64) / torch.tensor(others, dtype=torch.float64)
+    if not lengths or 0 in lengths:
+        raise ValueError(f'there must be passes with rounds, got {lengths} of them')
+    table = torch.full((len(lengths), max(lengths)), math.nan, dtype=torch.float64)
+    for row, rounds in zip(table, values):
+        row[:len(rounds)] = torch.tensor(rounds, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     passes = torch.randint(len(lengths), (resamples, len(lengths)), generator=generator)
     counts = torch.tensor(lengths)[passes].unsqueeze(-1)
-    rounds_ = (torch.rand(*passes.shape, max(lengths), generator=generator) * counts).long()
-    drawn = ratios[passes.unsqueeze(-1), rounds_]
+    chosen = (torch.rand(*passes.shape, max(lengths), generator=generator) * counts).long()
+    drawn = table[passes.unsqueeze(-1), chosen]
     drawn = drawn.masked_fill(torch.arange(max(lengths)) >= counts, math.nan)  # as many rounds as the pass has
     medians = drawn.flatten(1).nanquantile(.5, 1)
     low, high = medians.quantile(torch.tensor([.025, .975], dtype=torch.float64)).tolist()
     return {
-        'ratio': ratios.nanquantile(.5).item(), 'low': low, 'high': high, 'passes': len(lengths),
+        'median': table.nanquantile(.5).item(), 'low': low, 'high': high, 'passes': len(lengths),
         'rounds': sum(lengths)}
+
+
+def interval(values: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> dict[str, float]:
+    """:func:`bootstrap` of the ratios within the rounds; both are passes of rounds."""
+    lengths = [len(rounds) for rounds in values], [len(rounds) for rounds in base]
+    if lengths[0] != lengths[1]:
+        raise ValueError(f'ratios are taken within rounds, got {lengths[0]} and {lengths[1]} of them')
+    return bootstrap([[v / b for v, b in zip(*rounds)] for rounds in zip(values, base)])
 
 
 def show(entry: dict[str, float] | None, scale: float = 1, digits: int = 2) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from cmr_layers import ClipModel
 
-__all__ = ['before_conv1', 'bottlenecks', 'tsn_resnet50']
+__all__ = ['before_conv1', 'bottlenecks', 'check_plain', 'tsn_resnet50']
 
 
 def tsn_resnet50(num_frames: int = 8, num_classes: int = 174, name: str = 'resnet50', **kwargs: Any) -> ClipModel:
@@ -33,3 +33,14 @@ def before_conv1(model: nn.Module, make: Callable[..., nn.Module]) -> None:
         conv = block.conv1
         block.conv1 = nn.Sequential(  # type: ignore[assignment]
             make(conv.in_channels, device=conv.weight.device, dtype=conv.weight.dtype), conv)
+
+
+def check_plain(options: dict[str, Any]) -> None:
+    """Refuse what timm's block can do and a block with a forward of its own does not.
+
+    Raises:
+        ValueError: One of these options of a block is set.
+    """
+    for name in ('aa_layer', 'attn_layer', 'drop_block', 'drop_path'):
+        if options.get(name) is not None:
+            raise ValueError(f'{name} must be None, since this block has none, got {options[name]!r}')

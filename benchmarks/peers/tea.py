@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmr_layers import TIM
 from cmr_layers.clip import ClipLayer
 
-from .resnet import tsn_resnet50
+from .resnet import check_plain, tsn_resnet50
 from .stm import FeatureDifference
 
 __all__ = ['ME', 'TEABlock', 'tea_res2net50']
@@ -55,6 +55,7 @@ class TEABlock(Bottle2neck):
     """
 
     def __init__(self, *args: Any, num_frames: int = 8, **kwargs: Any) -> None:
+        check_plain(kwargs)
         super().__init__(*args, **kwargs)
         dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
         self.me = ME(self.conv1.out_channels, num_frames, **dd)

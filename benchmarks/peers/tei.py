@@ -65,8 +65,8 @@ class MEM(ClipLayer):
 
     def forward_clips(self, x: Tensor) -> Tensor:
         d = self.difference(x)
-        gate = self.expand(d.flatten(0, 1)).unflatten(0, d.shape[:2]).sigmoid()
-        return x * torch.cat([gate, torch.ones_like(gate[:, :1])], 1)
+        gate = self.expand(d.flatten(0, 1)).sigmoid().view(*d.shape[:2], self.channels, 1, 1)
+        return x * torch.cat([gate, gate.new_ones(x.shape[0], 1, self.channels, 1, 1)], 1)
 
 
 def tei_resnet50(num_frames: int = 8, num_classes: int = 174, **kwargs: Any) -> nn.Module:

@@ -23,7 +23,7 @@ def build(name: str, frames: int, width: float = 1) -> nn.Module:
     kwargs: dict[str, Any] = {}
     if width != 1:
         kwargs['channels'] = tuple(int(64 * 2 ** stage * width) for stage in range(4))
-    return trained(MODELS[name].build(num_frames=frames, **kwargs))
+    return trained(lambda: MODELS[name].build(num_frames=frames, **kwargs))
 
 
 def measure(
