@@ -1,4 +1,4 @@
-"""Count operations and parameters of CMR-ResNet-50 beside the paper's Tables 1 and 3.
+"""Count operations and parameters of CMR-ResNet-50 and its peers beside the paper's Tables 1 and 3.
 
     python -m benchmarks.flops --out benchmarks/results/flops.json
 
@@ -17,9 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cmr_layers.released  # noqa: F401  (registers the family, and the released variant)
 from benchmarks.machine import describe, result_file
+from benchmarks.runtime.models import OFF_THE_SHELF, TABLE_7
 
 # What the paper prints, in G: Table 1 for 8 and 16 frames, Table 3 for r1 = r2.
 PAPER = {'8 frames': 33, '16 frames': 66, 'r = 1': 55, 'r = 4': 39, 'r = 8': 33, 'r = 16': 32}
+PAPER_PEERS = {'tsm': 33, 'tei': 33, 'stm': 33, 'tdrl': 33, 'tea': 35, 'cmr': 33}  # Table 1, 8 frames
 SOMETHING_CLASSES = 174
 
 
@@ -38,6 +40,11 @@ def build(name: str = 'cmr_resnet50', **kwargs: Any) -> nn.Module:
     return timm.create_model(name, num_classes=SOMETHING_CLASSES, device='meta', **kwargs)
 
 
+def _on_meta(name: str, num_frames: int) -> nn.Module:
+    with torch.device('meta'):
+        return {**TABLE_7, **OFF_THE_SHELF}[name].build(num_frames, SOMETHING_CLASSES)
+
+
 def measure() -> dict[str, dict[str, dict[str, float]]]:
     off: dict[str, Any] = {'cme': 'none', 'tim': 'none', 'sme': 'none'}
     return {
@@ -53,6 +60,10 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
         'table 3': {f'r = {r}': count(build(reduction=r), 8) for r in (1, 4, 8, 16)},
         'table 3, as released': {
             f'r = {r}': count(build('released_cmr_resnet50', reduction=r), 8) for r in (1, 4, 8, 16)},
+        'peers': {
+            name: {'frames': frames, **count(_on_meta(name, frames), frames)}
+            for name, model in {**TABLE_7, **OFF_THE_SHELF}.items()
+            for frames in (model.frames or (8,))},
         'family': {name: count(build(name), 8) for name in timm.list_models('cmr_*', module='cmr_resnet')},
     }
 
@@ -78,12 +89,22 @@ def render(results: dict[str, Any]) -> str:
     return f'{layers}\n\n{paper}'
 
 
+def render_peers(results: dict[str, Any]) -> str:
+    """The table of docs/benchmarks.md."""
+    models = {**TABLE_7, **OFF_THE_SHELF}
+    rows = [
+        [models[name].label, str(entry['frames']), f'{entry["gmacs"]:.2f}', f'{entry["mparams"]:.2f}',
+         f'{PAPER_PEERS[name]}G' if name in PAPER_PEERS else '']
+        for name, entry in results['peers'].items()]
+    return table(['224x224, 174 classes', 'frames', 'GMACs', 'M parameters', 'CMR paper, "FLOPs"'], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=result_file, help='write the counts there, as JSON')
     args = parser.parse_args()
     results = measure()
-    print(render(results))
+    print(render(results), render_peers(results), sep='\n\n')
     if args.out:
         args.out.write_text(json.dumps({**describe(), **results}, indent=1) + '\n')
 

@@ -1,4 +1,4 @@
-"""Write the committed results into docs/performance.md and the README, between ``<!-- NAME -->`` and its end mark.
+"""Write the committed results into docs and README, between ``<!-- NAME -->`` and its end mark, and draw the plots.
 
     python -m benchmarks.report             # rewrite the generated sections
     python -m benchmarks.report --check     # write nothing; exit 1 if they are not what the results say
@@ -10,11 +10,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import networks, ops
+from benchmarks import flops, networks, ops, timing
 from benchmarks.flops import table
+from benchmarks.runtime import plot, render
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / 'benchmarks/results'
@@ -50,28 +52,64 @@ SECTIONS: dict[str, tuple[str, Callable[[_Results], str], str]] = {
     'networks-cuda': ('networks-cuda.json', networks.render, 'networks --device cuda'),
     'kernels': ('kernels.json', render_kernels, 'kernels'),
 }
+DEVICES = ('cpu', 'cuda')
+RUNTIME: dict[str, tuple[str, Callable[[_Results], str], str]] = {
+    'counts': ('flops.json', flops.render_peers, 'flops'),
+    **{f'{device}-{name}': (
+        f'runtime-{device}.json', partial(render.section, name=name), f'runtime --device {device}')
+       for device in DEVICES for name in render.SECTIONS},
+}
+
+
+def _load(folder: Path, file: str) -> _Results | None:
+    path = folder / file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _rendered(
+        parts: dict[str, tuple[str, Callable[[_Results], str], str]], folder: Path) -> dict[str, str]:
+    found = {file: _load(folder, file) for file, _, _ in parts.values()}
+    rendered = {}
+    for name, (file, show, command) in parts.items():
+        results = found[file]
+        rendered[name] = show(results) if results else (
+            f'not measured yet: `python -m benchmarks.{command} --out benchmarks/results/{file}`')
+    return rendered
 
 
 def sections(folder: Path = RESULTS) -> dict[str, str]:
-    """All generated sections of the page, by name."""
-    found = {
-        name: json.loads((folder / file).read_text())
-        for name, (file, _, _) in SECTIONS.items() if (folder / file).exists()}
-    rendered = {
-        name: render(found[name]) if name in found
-        else f'not measured yet: `python -m benchmarks.{command} --out benchmarks/results/{file}`'
-        for name, (file, render, command) in SECTIONS.items()}
+    """All generated sections of docs/performance.md, by name."""
     settings = [
-        setting for name in ('networks-cpu', 'networks-cuda') for setting in found.get(name, {}).get('settings', [])]
-    return {**rendered, 'goals': networks.render_goals(networks.judge(settings))}
+        setting for device in DEVICES
+        for setting in (_load(folder, f'networks-{device}.json') or {}).get('settings', [])]
+    return {**_rendered(SECTIONS, folder), 'goals': networks.render_goals(networks.judge(settings))}
+
+
+def runtime_sections(folder: Path = RESULTS) -> dict[str, str]:
+    """All generated sections of docs/benchmarks.md, by name."""
+    first, again = (_load(folder, f'runtime-cpu{which}.json') for which in ('', '-again'))
+    repeated = render.compare(again, first) if first and again else None
+    return {
+        **_rendered(RUNTIME, folder),
+        'repeated': f'{repeated.text}\n\n{timing.origin(again)}' if repeated and again else 'not measured yet'}
 
 
 def stale_pages(root: Path = ROOT) -> dict[Path, str]:
     """What the pages whose sections are not those of the results should be."""
     found = sections(root / 'benchmarks/results')
-    wanted = {root / 'docs/performance.md': found, root / 'README.md': {'goals': found['goals']}}
+    wanted = {
+        root / 'docs/performance.md': found,
+        root / 'docs/benchmarks.md': runtime_sections(root / 'benchmarks/results'),
+        root / 'README.md': {'goals': found['goals']}}
     pages = {page: replace(page.read_text(), parts) for page, parts in wanted.items()}
     return {page: text for page, text in pages.items() if text != page.read_text()}
+
+
+def stale_plots(root: Path = ROOT) -> dict[Path, _Results]:
+    """Plots that show something else than the results, with these."""
+    results = {device: _load(root / 'benchmarks/results', f'runtime-{device}.json') for device in DEVICES}
+    plots = {root / f'docs/benchmarks-{device}.svg': found for device, found in results.items() if found}
+    return {path: found for path, found in plots.items() if plot.stale(found, path)}
 
 
 def replace(text: str, rendered: dict[str, str]) -> str:
@@ -95,7 +133,13 @@ def main() -> int:
             print(f'{page.name} is stale: run python -m benchmarks.report', file=sys.stderr)
         else:
             page.write_text(text)
-    return int(args.check and bool(stale))
+    plots = stale_plots()
+    for path, results in plots.items():
+        if args.check:
+            print(f'{path.name} is stale: run python -m benchmarks.report', file=sys.stderr)
+        else:
+            plot.draw(results, path)
+    return int(args.check and bool(stale or plots))
 
 
 if __name__ == '__main__':

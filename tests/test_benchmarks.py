@@ -18,6 +18,7 @@ from helpers import randomize
 from torch import nn
 
 from benchmarks import candidates, networks, ops, report, timing
+from benchmarks.runtime import render
 
 ROOT = Path(__file__).parents[1]
 
@@ -397,6 +398,7 @@ def test_table_of_kernels_has_the_worst_variant():
 
 # The page
 
+RUNTIME_NAMES = ['counts', *(f'{device}-{name}' for device in ('cpu', 'cuda') for name in render.SECTIONS), 'repeated']
 NAMES = ['ops-cpu', 'ops-cuda', 'networks-cpu', 'networks-cuda', 'goals', 'kernels']
 
 
@@ -413,16 +415,21 @@ def test_what_has_no_results_says_which_command_makes_them(tmp_path):
         assert re.fullmatch(rf'not measured yet: `python -m benchmarks\.{module}.* --out benchmarks/results/{file}`',
                             rendered[name])
     assert rendered['goals'].count('not measured yet') == len(networks.GOALS)
+    rendered = report.runtime_sections(tmp_path)
+    assert sorted(rendered) == sorted(RUNTIME_NAMES) and all('not measured yet' in text for text in rendered.values())
 
 
 def test_pages_are_rewritten_between_their_markers(tmp_path, monkeypatch, capsys):
     page, readme, results = tmp_path / 'docs/performance.md', tmp_path / 'README.md', tmp_path / 'benchmarks/results'
+    runtime = tmp_path / 'docs/benchmarks.md'
     page.parent.mkdir()
     results.mkdir(parents=True)
     page.write_text(''.join(f'<!-- {name} -->\nOLD TEXT\n<!-- /{name} -->\nMore of {name}.\n' for name in NAMES))
+    runtime.write_text(''.join(f'<!-- {name} -->\nOLD TEXT\n<!-- /{name} -->\n' for name in RUNTIME_NAMES))
     readme.write_text('<!-- goals -->\nOLD TEXT\n<!-- /goals -->\n')
     (results / 'ops-cpu.json').write_text(json.dumps(ops_results()))
     monkeypatch.setattr(report, 'stale_pages', partial(report.stale_pages, tmp_path))
+    monkeypatch.setattr(report, 'stale_plots', partial(report.stale_plots, tmp_path))
 
     def main(*args):
         monkeypatch.setattr(sys, 'argv', ['report', *args])
@@ -430,17 +437,18 @@ def test_pages_are_rewritten_between_their_markers(tmp_path, monkeypatch, capsys
 
     assert main('--check') == 1 and 'OLD TEXT' in page.read_text()
     error = capsys.readouterr().err
-    assert 'performance.md is stale' in error and 'README.md is stale' in error
+    assert all(f'{name} is stale' in error for name in ('performance.md', 'benchmarks.md', 'README.md'))
     assert main() == 0
     text = page.read_text()
-    assert 'OLD TEXT' not in text + readme.read_text() and 'front_conv, forward + backward' in text
+    assert 'OLD TEXT' not in text + readme.read_text() + runtime.read_text()
+    assert 'front_conv, forward + backward' in text
     assert all(f'More of {name}.' in text for name in NAMES)
     assert main('--check') == 0
     assert main() == 0 and page.read_text() == text
 
 
 def test_the_pages_show_the_committed_results():
-    assert not report.stale_pages()
+    assert not report.stale_pages() and not report.stale_plots()
 
 
 @pytest.mark.parametrize('text', [

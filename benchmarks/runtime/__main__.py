@@ -156,6 +156,7 @@ def run(args: argparse.Namespace, plan: list[Study], head: dict[str, Any], units
     sizes = [len(study.candidates) * (study.rounds + 1) for study, _ in todo]
     done = sum(
         size for (study, number), size in zip(todo, sizes) if _covers(finished.get((study.name, number)), study))
+    late: list[str] = []
     deadline, durations = timing.Deadline(60 * args.minutes), dict.fromkeys(STUDIES, 0.)
     with bar(sum(sizes), done) as progress:
         for study, number in todo:
@@ -163,7 +164,8 @@ def run(args: argparse.Namespace, plan: list[Study], head: dict[str, Any], units
                 continue
             progress.set_description(f'{study.name}, pass {number + 1} of {study.passes}')
             if deadline.left() < durations[study.name] or deadline.left() < 0:
-                continue  # a pass that would be cut off is none
+                late.append(f'{study.name}, pass {number + 1}')  # one that would be cut off is none
+                continue
             start = timing.Deadline(0)
             entries = measure(study, number, deadline, progress.update)
             durations[study.name] = -start.left()
@@ -172,6 +174,8 @@ def run(args: argparse.Namespace, plan: list[Study], head: dict[str, Any], units
             units.append({'study': study.name, 'pass': number, 'date': date, 'entries': entries})
             if args.out:
                 save(args.out, head, units)
+    if late:
+        print(f'no time was left for: {"; ".join(late)}', file=sys.stderr)
 
 
 def _covers(unit: dict[str, Any] | None, study: Study) -> bool:

@@ -46,7 +46,7 @@ def measure(
     workshops: dict[tuple[Any, ...], tuple[Workshop, list[Tensor]]] = {}
     entries: dict[Candidate, dict[str, Any]] = {}
     calls: dict[Candidate, timing.Call] = {}
-    longest = dict.fromkeys((False, True), 0.)  # to make a candidate, not compiled and compiled
+    longest = {False: 0., True: 60.}  # seconds to make a candidate, not compiled and compiled: a guess at first
     for candidate in study.candidates:
         fields = candidate._asdict()
         entry = entries[candidate] = {**fields.pop('setting')._asdict(), **fields}

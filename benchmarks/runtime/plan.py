@@ -18,6 +18,7 @@ ON = {'cpu': ('eager', 'fused', 'folded', 'compiled', 'frozen'),
       'cuda': ('eager', 'fused', 'folded', 'graph', 'compiled', 'compiled-graph')}
 BASES = ('tsn', 'tsm')  # what ratios are taken to: in every study
 _FEW = (*BASES, 'cmr')
+_SCALED = (*BASES, 'tei', 'tdrl', 'cmr')
 
 STUDIES = {
     'latency': 'Table 7: latency at batch 1, eager, fused and folded (on CUDA as a graph, too)',
@@ -25,13 +26,13 @@ STUDIES = {
     'placement': 'Table 5, and the reductions of Table 3: latency',
     'frames': '16 frames: latency, with those of torchvision',
     'training': 'a training step',
-    'modes': 'torch.compile',
     'precision': 'other data types, and the other memory layout: latency',
     'scale-frames': 'latency against frames, 4 to 64',
     'scale-layers': 'one layer against frames, 4 to 64',
     'scale-size': 'latency against resolution',
     'scale-batch': 'latency against clips in a batch',
     'scale-width': 'latency against the width of the network',
+    'modes': 'torch.compile',  # last, since it takes long
 }
 
 
@@ -72,7 +73,8 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
         yield from _cross(TABLE_7, ['eager', 'fused', 'folded', *['graph'] * cuda], base)
         yield from _cross(OFF_THE_SHELF, ['fused', *['graph'] * cuda], base)
     elif name == 'throughput':
-        yield from _cross([*TABLE_7, *['r3d_18', 'swin3d_t'] * cuda], one, base._replace(batch=8))
+        yield from _cross(
+            [*TABLE_7, *['r3d_18', 'swin3d_t'] * cuda], ['fused', *['graph'] * cuda], base._replace(batch=8))
     elif name == 'placement':
         yield from _cross([*BASES, 'tim', 'cmr', *PLACEMENTS, *REDUCTIONS], ['folded', 'graph'] if cuda else one, base)
     elif name == 'frames':
@@ -88,19 +90,19 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
             layout='contiguous' if base.layout == 'channels_last' else 'channels_last'))
     elif name == 'scale-frames':
         for frames in (4, 8, 16, 32, 64):
-            yield from _cross([*_FEW, 'tei', 'tdrl'], one, base._replace(frames=frames, size=base.size // 2))
+            yield from _cross(_SCALED, one, base._replace(frames=frames, size=base.size // 2))
     elif name == 'scale-layers':
         for frames in (4, 8, 16, 32, 64):
             yield from _cross(LAYERS, ('eager', 'fused'), base._replace(frames=frames, size=max(2, base.size // 16)))
     elif name == 'scale-size':
-        for size in (base.size // 2, base.size * 3 // 4, base.size, base.size * 5 // 4):
-            yield from _cross(_FEW, one, base._replace(size=size - size % 2))
+        for size in (base.size // 2, base.size * 3 // 4, base.size):
+            yield from _cross(_SCALED, one, base._replace(size=size - size % 2))
     elif name == 'scale-batch':
         for batch in (1, 2, 4, 8) if cuda else (1, 2, 4):
-            yield from _cross(_FEW, one, base._replace(batch=batch, size=base.size // 2))
+            yield from _cross(_SCALED, one, base._replace(batch=batch, size=base.size // 2))
     elif name == 'scale-width':
         for width in (.5, 1, 1.5, 2):
-            for model in _FEW:
+            for model in _SCALED:
                 yield Candidate(model, 'fused', base._replace(size=base.size // 2), width)
 
 

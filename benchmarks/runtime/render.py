@@ -12,6 +12,7 @@ from benchmarks.runtime.plan import BASES, STUDIES
 __all__ = ['SECTIONS', 'Measured', 'compare', 'measured', 'ratio', 'render']
 
 _Results = dict[str, Any]
+_BOUND = 'bound by (host, ms)'
 _HOST_BOUND = .9  # the host needs so much of the time for the launches alone
 
 
@@ -41,12 +42,15 @@ class Measured(NamedTuple):
     def summary(self) -> dict[str, float] | None:
         return timing.summary(self.pooled()) if self.time else None
 
-    def host_bound(self) -> bool | None:
-        """Whether a GPU waits for its host; None on a CPU."""
+    def host_time(self) -> float | None:
+        """Seconds that the host takes for the launches, median; None on a CPU."""
         host = [value for rounds in self.host.values() for value in rounds]
-        if not host:
-            return None
-        return timing.summary(host)['median'] > _HOST_BOUND * timing.summary(self.pooled())['median']
+        return timing.summary(host)['median'] if host else None
+
+    def host_bound(self) -> bool:
+        """Whether a GPU waits for its host."""
+        host = self.host_time()
+        return host is not None and host > _HOST_BOUND * timing.summary(self.pooled())['median']
 
 
 def measured(results: _Results, study: str) -> list[Measured]:
@@ -104,8 +108,10 @@ def _memory(m: Measured | None) -> str:
 
 
 def _bound(m: Measured | None) -> str:
-    bound = m.host_bound() if m else None
-    return '' if bound is None else 'host' if bound else 'device'
+    host = m.host_time() if m else None
+    if m is None or host is None:
+        return ''
+    return f'{"host" if m.host_bound() else "device"} ({host * 1e3:.2f})'
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -130,7 +136,7 @@ def table_7(results: _Results) -> str:
     """Latency and throughput of the paper's rows and ours, the paper's figures beside them."""
     latency, throughput = measured(results, 'latency'), measured(results, 'throughput')
     cuda, tsm = results['device'] == 'cuda', TABLE_7['tsm']
-    head = ['', 'latency, ms', *['bound by'] * cuda, 'to ResNet-50', 'to TSM', "to TSM, paper's", 'clips/s, batch 8',
+    head = ['', 'latency, ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', "to TSM, paper's", 'clips/s, batch 8',
             'to TSM', "to TSM, paper's", "top-1, paper's"]
     rows = []
     for name, model in {**TABLE_7, **OFF_THE_SHELF}.items():
@@ -150,15 +156,17 @@ def table_7(results: _Results) -> str:
 def modes(results: _Results) -> str:
     """What each mode makes of each network: time, and the ratio to the network's own eager time, and to TSM's."""
     rows = []
-    for study, own in (('latency', 'eager'), ('modes', 'folded')):
+    for study, own in (('latency', 'eager'), ('throughput', 'fused'), ('modes', 'folded')):
         ms = measured(results, study)
+        if len({m.mode for m in ms}) < 2:
+            continue
         for m in ms:
             rows.append([
-                m.row.label, m.mode, _time(m), *[_bound(m)] * (results['device'] == 'cuda'),
+                m.row.label, m.mode, str(m.setting.batch), _time(m), *[_bound(m)] * (results['device'] == 'cuda'),
                 f'{_interval(ratio(m, _find(ms, m.model, own)))} of {own}' if m.mode != own else '',
                 _to(m, ms, 'tsn'), _to(m, ms, 'tsm'), _memory(m), f'{m.error:.0e}' if m.error is not None else ''])
-    head = ['', 'mode', 'ms', *['bound by'] * (results['device'] == 'cuda'), 'to itself', 'to ResNet-50, same mode',
-            'to TSM, same mode', 'peak MB', 'largest error']
+    head = ['', 'mode', 'batch', 'ms', *[_BOUND] * (results['device'] == 'cuda'), 'to itself',
+            'to ResNet-50, same mode', 'to TSM, same mode', 'peak MB', 'largest error']
     return table(head, rows)
 
 
@@ -179,7 +187,7 @@ def frames(results: _Results) -> str:
     ms = measured(results, 'frames')
     cuda = results['device'] == 'cuda'
     rows = [[m.row.label, _time(m), *[_bound(m)] * cuda, _to(m, ms, 'tsn'), _to(m, ms, 'tsm'), _memory(m)] for m in ms]
-    return table(['16 frames', 'ms', *['bound by'] * cuda, 'to ResNet-50', 'to TSM', 'peak MB'], rows)
+    return table(['16 frames', 'ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', 'peak MB'], rows)
 
 
 def training(results: _Results) -> str:
@@ -193,7 +201,7 @@ def training(results: _Results) -> str:
     rows = [
         [m.row.label, _time(m), *[_bound(m)] * cuda, _to(m, ms, 'tsn'), _to(m, ms, 'tsm'), _memory(m), to_plain(m)]
         for m in ms]
-    head = ['training step', 'ms', *['bound by'] * cuda, 'to ResNet-50', 'to TSM', 'peak MB', 'to ResNet-50']
+    head = ['training step', 'ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', 'peak MB', 'to ResNet-50']
     return table(head, rows)
 
 
@@ -203,7 +211,7 @@ def precision(results: _Results) -> str:
     cuda = results['device'] == 'cuda'
     rows = [[m.row.label, m.setting.dtype, m.setting.layout, _time(m), *[_bound(m)] * cuda, _to(m, ms, 'tsn'),
              _to(m, ms, 'tsm'), _memory(m), f'{m.error:.0e}' if m.error is not None else ''] for m in ms]
-    head = ['', 'dtype', 'layout', 'ms', *['bound by'] * cuda, 'to ResNet-50', 'to TSM', 'peak MB', 'largest error']
+    head = ['', 'dtype', 'layout', 'ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', 'peak MB', 'largest error']
     return table(head, rows)
 
 
@@ -258,7 +266,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[_Results], str]]] = {
     'placement': (('placement',), placement),
     'frames': (('frames',), frames),
     'training': (('training',), training),
-    'modes': (('latency', 'modes'), modes),
+    'modes': (('latency', 'throughput', 'modes'), modes),
     'precision': (('precision',), precision),
     **{study: ((study,), lambda results, study=study: scaling(results, study)) for study in AXES},  # type: ignore[misc]
 }
