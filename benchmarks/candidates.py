@@ -56,8 +56,9 @@ def trained(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
 def fold(model: nn.Module, x: Tensor) -> nn.Module:
     """A copy, in which every batch norm that gets what a convolution returns is part of that convolution.
 
-    Which those are is seen in a run on the meta device. Networks of this package are folded by timm's
-    ``reparameterize_model``, as their users do it; what it leaves is folded likewise.
+    Which those are is seen in a run on the meta device; that nobody else reads what the convolution returns is not
+    seen, and has to be compared. Networks of this package are folded by timm's ``reparameterize_model``, as their users
+    do it; what it leaves is folded likewise.
 
     Args:
         model: A network in eval mode.
@@ -237,8 +238,8 @@ def trainer(setting: Setting, model: nn.Module, path: str) -> tuple[
         return loss
 
     def step(x: Tensor) -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
         loss = forward_backward(x)
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)  # so that what is in use between steps is no gradient
         return loss
     return forward_backward, step, list(model.parameters())

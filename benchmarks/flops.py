@@ -17,12 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cmr_layers.released  # noqa: F401  (registers the family, and the released variant)
 from benchmarks.machine import describe, result_file
-from benchmarks.runtime.models import OFF_THE_SHELF, TABLE_7
+from benchmarks.runtime.models import NUM_CLASSES, OFF_THE_SHELF, TABLE_7
 
 # What the paper prints, in G: Table 1 for 8 and 16 frames, Table 3 for r1 = r2.
 PAPER = {'8 frames': 33, '16 frames': 66, 'r = 1': 55, 'r = 4': 39, 'r = 8': 33, 'r = 16': 32}
 PAPER_PEERS = {'tsm': 33, 'tei': 33, 'stm': 33, 'tdrl': 33, 'tea': 35, 'cmr': 33}  # Table 1, 8 frames
-SOMETHING_CLASSES = 174
 
 
 def count(model: nn.Module, num_frames: int) -> dict[str, float]:
@@ -37,12 +36,12 @@ def count(model: nn.Module, num_frames: int) -> dict[str, float]:
 
 
 def build(name: str = 'cmr_resnet50', **kwargs: Any) -> nn.Module:
-    return timm.create_model(name, num_classes=SOMETHING_CLASSES, device='meta', **kwargs)
+    return timm.create_model(name, num_classes=NUM_CLASSES, device='meta', **kwargs)
 
 
 def _on_meta(name: str, num_frames: int) -> nn.Module:
     with torch.device('meta'):
-        return {**TABLE_7, **OFF_THE_SHELF}[name].build(num_frames, SOMETHING_CLASSES)
+        return {**TABLE_7, **OFF_THE_SHELF}[name].build(num_frames, NUM_CLASSES)
 
 
 def measure() -> dict[str, dict[str, dict[str, float]]]:

@@ -61,6 +61,11 @@ RUNTIME: dict[str, tuple[str, Callable[[_Results], str], str]] = {
 }
 
 
+def device_plot(device: str) -> str:
+    """The plot's file beside docs/benchmarks.md."""
+    return f'benchmarks-{device}.svg'
+
+
 def _load(folder: Path, file: str) -> _Results | None:
     path = folder / file
     return json.loads(path.read_text()) if path.exists() else None
@@ -89,8 +94,11 @@ def runtime_sections(folder: Path = RESULTS) -> dict[str, str]:
     """All generated sections of docs/benchmarks.md, by name."""
     first, again = (_load(folder, f'runtime-cpu{which}.json') for which in ('', '-again'))
     repeated = render.compare(again, first) if first and again else None
+    plots = {
+        f'{device}-plot': f'![Latency against accuracy, and the ratios to TSM as bars]({device_plot(device)})'
+        if (folder / f'runtime-{device}.json').exists() else 'not measured yet' for device in DEVICES}
     return {
-        **_rendered(RUNTIME, folder),
+        **_rendered(RUNTIME, folder), **plots,
         'repeated': f'{repeated.text}\n\n{timing.origin(again)}' if repeated and again else 'not measured yet'}
 
 
@@ -108,7 +116,7 @@ def stale_pages(root: Path = ROOT) -> dict[Path, str]:
 def stale_plots(root: Path = ROOT) -> dict[Path, _Results]:
     """Plots that show something else than the results, with these."""
     results = {device: _load(root / 'benchmarks/results', f'runtime-{device}.json') for device in DEVICES}
-    plots = {root / f'docs/benchmarks-{device}.svg': found for device, found in results.items() if found}
+    plots = {root / 'docs' / device_plot(device): found for device, found in results.items() if found}
     return {path: found for path, found in plots.items() if plot.stale(found, path)}
 
 

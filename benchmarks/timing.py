@@ -313,13 +313,18 @@ def check_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def environment() -> dict[str, Any]:
     """As :func:`benchmarks.machine.describe`, with what else a time depends on."""
-    return {**describe(*['triton'] * (find_spec('triton') is not None)), 'threads': torch.get_num_threads()}
+    found = {**describe(*['triton'] * (find_spec('triton') is not None)), 'threads': torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found['versions'].update(cuda=str(torch.version.cuda), cudnn=str(torch.backends.cudnn.version()))
+    return found
 
 
 def origin(entry: dict[str, Any]) -> str:
     """What :func:`environment` put into a result, in a line."""
     versions = entry['versions']
     packages = ', '.join(f'{name} {versions[name]}' for name in ('torch', 'triton') if name in versions)
-    where = entry['gpu'] if entry.get('device') == 'cuda' else f'{entry["machine"]}, {entry["threads"]} threads'
+    where = f'{entry["machine"]}, {entry["threads"]} threads'
+    if entry.get('device') == 'cuda':
+        where = f'{entry["gpu"]}, host {where}'
     smoke = 'smoke run, no numbers to quote; ' if entry.get('quick') else ''
     return f'{smoke}{entry["date"][:10]}, {where}, {packages}: `{entry["command"]}`'

@@ -398,7 +398,8 @@ def test_table_of_kernels_has_the_worst_variant():
 
 # The page
 
-RUNTIME_NAMES = ['counts', *(f'{device}-{name}' for device in ('cpu', 'cuda') for name in render.SECTIONS), 'repeated']
+RUNTIME_NAMES = [
+    'counts', *(f'{device}-{name}' for device in ('cpu', 'cuda') for name in ('plot', *render.SECTIONS)), 'repeated']
 NAMES = ['ops-cpu', 'ops-cuda', 'networks-cpu', 'networks-cuda', 'goals', 'kernels']
 
 

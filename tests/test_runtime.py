@@ -18,6 +18,7 @@ from benchmarks.runtime import __main__ as cli
 from benchmarks.runtime import measure as measuring
 from benchmarks.runtime import models, plan, plot, render
 from cmr_layers import CME, SME, TIM, released
+from cmr_layers.ops import dispatch
 
 ROOT = Path(__file__).parents[1]
 BASE = Setting('cpu', 'fp32', 1, 64, 'channels_last')
@@ -73,12 +74,12 @@ def test_peak_of_host_memory():
     def two():
         return torch.ones(250, 1000).add(1).sum()
 
-    def three():
+    def four():
         x = torch.ones(250, 1000)
         y = x.add(1)
         return (y * 2 + x).sum()
     assert timing.peak_host_bytes(two) == pytest.approx(2e6, rel=.01)
-    assert timing.peak_host_bytes(three) == pytest.approx(3e6, rel=.01)
+    assert timing.peak_host_bytes(four) == pytest.approx(4e6, rel=.01)
 
 
 # What is compared
@@ -115,6 +116,7 @@ def test_the_papers_figures():
         'tsm': (12.3, 107.3, 45.6), 'tei': (20.4, 78.5, 47.4), 'stm': (14.7, 93.2, 49.2), 'tdrl': (63.8, 49.5, 49.8),
         'cme': (18.9, 75.2, 50.6), 'sme': (16.3, 72.6, 50.6), 'cmr': (21.4, 61.8, 51.3)}
     assert [models.PLACEMENTS[name].latency for name in ('all-all', 'first-all', 'first-first')] == [30.4, 26.5, 17.4]
+    assert [models.PLACEMENTS[name].accuracy for name in ('all-all', 'first-all', 'first-first')] == [51, 51.2, 50.4]
     assert [models.REDUCTIONS[name].accuracy for name in ('r1', 'r4', 'r16')] == [47.3, 50.6, 50.3]
     assert models.TABLE_7['gsm'].accuracy is None  # of another backbone in the paper
 
@@ -230,7 +232,7 @@ def test_a_pass_measures_time_error_and_memory():
     assert 'error' not in later[0] and len(later[0]['samples']) == 2
 
 
-def test_a_pass_of_training(monkeypatch):
+def test_a_pass_of_training():
     entry, = measuring.measure(study(('tim', 'fused'), training=True), 0, timing.Deadline(60))
     assert len(entry['samples']) == 2 and 'error' not in entry and entry['memory_bytes'] > 100e6  # gradients
 
@@ -254,6 +256,16 @@ def test_wrong_results_are_no_candidate(monkeypatch, capsys):
             build=lambda **_: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), Broken(3, 3))))
     entry, = measuring.measure(study(('tsm', 'eager')), 0, timing.Deadline(60))
     assert entry['missing'].startswith('FloatingPointError') and 'samples' not in entry
+
+
+def test_who_computes_something_else_is_not_timed(monkeypatch, capsys):
+    class Other(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) * (1.01 if dispatch._path == 'auto' else 1)
+    monkeypatch.setitem(models.MODELS, 'tsm', models.MODELS['tsm']._replace(build=lambda **_: Other()))
+    eager, fused = measuring.measure(study(('tsm', 'eager'), ('tsm', 'fused')), 0, timing.Deadline(60))
+    assert eager['error'] == 0
+    assert fused['missing'] == 'ArithmeticError: off by 1e-02 of the largest logit' and 'samples' not in fused
 
 
 def test_there_is_no_time_left():
@@ -302,10 +314,12 @@ def test_table_7_has_our_ratios_beside_the_papers():
     cmr = dict(zip(head, rows[-1]))
     assert rows[-1][0] == 'baseline+CME&SME'
     assert cmr['latency, ms'] == '3000.0 [3000.0, 3750.0]'
-    assert cmr['to ResNet-50'] == '3.00 (3.00-3.00)'
+    assert rows[-1][head.index('to ResNet-50')] == '3.00 (3.00-3.00)'
+    assert head[0] == 'fused mode'
     at = head.index('to TSM')
-    assert rows[-1][at:at + 2] == ['1.50 (1.50-1.50)', '1.74']               # 21.4 / 12.3
-    assert rows[-1][at + 2:at + 6] == ['1.60', '0.80 (0.80-0.80)', '0.58', '51.3']  # 8 / 5; 4 / 5; 61.8 / 107.3
+    assert rows[-1][at:at + 2] == ['1.50 (1.50-1.50)', '1.74']  # 21.4 / 12.3
+    assert head[at + 2] == 'throughput, clips/s'
+    assert rows[-1][at + 2:] == ['1.60 [1.60, 1.60]', '', '0.80 (0.80-0.80)', '0.58', '51.3']  # 4 / 5; 61.8 / 107.3
 
 
 def test_ratios_are_of_passes_that_both_have():
@@ -400,8 +414,12 @@ def run(*args):
     (['--dtype', 'fp8'], ['fp32', 'tf32', 'fp16', 'bf16']),
     (['--passes', '0'], ["must be a positive int, got '0'"]),
     (['--size', '32'], ['64 or more, got 32']),
-    (['--studies', 'latency', '--models', 's3d'], ['s3d takes 16 frames, got --frames 8']),
-    (['--against', 'no.json'], ["there is no file 'no.json'"]),
+    (['--studies', 'latency', '--models', 's3d'], ['s3d is in none of the studies latency; it takes 16 frames']),
+    (['--studies', 'placement', '--models', 'gsm'], ['gsm is in none of the studies placement']),
+    (['--studies', 'frames', '--models', 's3d', '--size', '112'], ['it takes frames of 224x224']),
+    (['--against', 'no.json'], ['--against', 'No such file', 'no.json']),
+    (['--against', 'pyproject.toml'], ['pyproject.toml is no JSON']),
+    (['--against', 'benchmarks/results/flops.json'], ['flops.json is no result file of benchmarks.runtime']),
     (['--out', 'no/such/x.json'], ["there is no folder 'no/such'"]),
     (['--studies', 'throughput', '--modes', 'eager'], ['nothing is left to measure']),
 ])
@@ -434,7 +452,7 @@ def test_a_run_goes_on_where_its_file_ends(tmp_path, monkeypatch, capsys):
     saved = json.loads(out.read_text())
     assert [(unit['study'], unit['pass']) for unit in saved['units']] == [
         ('latency', 0), ('placement', 0), ('latency', 1), ('placement', 1)]
-    del saved['units'][1]['entries'][0]['samples']  # as if it had failed
+    saved['units'][1]['entries'][0]['missing'] = measuring.NO_TIME
     out.write_text(json.dumps(saved))
     assert main(monkeypatch, *args, '--passes', '2') == 0
     assert asked[4:] == [('placement', 0)]
@@ -443,6 +461,34 @@ def test_a_run_goes_on_where_its_file_ends(tmp_path, monkeypatch, capsys):
     assert 'has rounds 2, this run 3: choose another file, or --fresh' in capsys.readouterr().err
     assert main(monkeypatch, *args, '--passes', '1', '--rounds', '3', '--fresh') == 0
     assert len(json.loads(out.read_text())['units']) == 2
+
+
+def test_what_a_file_has_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    out = tmp_path / 'r.json'
+    missing = set()
+
+    def fake(study, *_):
+        found = [entry(c.model, c.mode, setting=c.setting) for c in study.candidates]
+        for e in found:
+            if e['model'] in missing:
+                del e['samples']
+                e['missing'] = measuring.NO_TIME
+        return found
+    monkeypatch.setattr(cli, 'measure', fake)
+    args = ['--studies', 'latency', '--size', '64', '--rounds', '2', '--passes', '1', '--out', out, '--models']
+    missing |= {'cmr'}
+    assert main(monkeypatch, *args, 'tdrl', 'cmr') == 0
+    assert 'no time was left for: latency, pass 1: cmr, eager' in capsys.readouterr().err
+    before = out.read_text()
+    assert main(monkeypatch, *args, 'tei') == 2  # other models
+    assert 'has other models or modes of the study latency: choose another file' in capsys.readouterr().err
+    missing |= {'tdrl'}
+    assert main(monkeypatch, *args, 'tdrl', 'cmr') == 0  # it got less far than before
+    assert out.read_text() == before
+    missing.clear()
+    assert main(monkeypatch, *args, 'tdrl', 'cmr') == 0
+    assert all('samples' in e for e in json.loads(out.read_text())['units'][0]['entries'])
+    assert main(monkeypatch, *args, 'tdrl') == 0  # a part of what is there
 
 
 def test_results_of_two_machines_are_not_mixed(tmp_path, monkeypatch, capsys):

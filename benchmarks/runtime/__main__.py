@@ -31,6 +31,7 @@ _IDENTITY = ('machine', 'gpu', 'threads', 'versions', 'base', 'rounds', 'quick')
 
 
 def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
+    """The arguments, the setting that the studies vary, and these."""
     parser = timing.arguments(__doc__)
     parser.add_argument(
         '--studies', nargs='+', choices=list(STUDIES), metavar='STUDY', default=list(STUDIES),
@@ -63,21 +64,32 @@ def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
         parser.error(f'argument --modes: no {foreign[0]} on {args.device}; choose from {", ".join(ON[args.device])}')
     if args.size < 64:
         parser.error(f'argument --size: must be 64 or more, got {args.size}')
-    for name in args.models or ():
-        lengths = MODELS[name].frames
-        if lengths and args.frames not in lengths and 'frames' not in args.studies:
-            parser.error(f'argument --models: {name} takes {lengths[0]} frames, got --frames {args.frames}')
-    if args.against and not args.against.is_file():
-        parser.error(f'argument --against: there is no file {str(args.against)!r}')
+    if args.against:
+        try:
+            args.against = read(args.against)
+        except (OSError, ValueError) as error:
+            parser.error(f'argument --against: {error}')
 
     base = Setting(args.device, args.dtype, args.batch, args.size, args.layout, args.frames)
+    asked = args.models or ()
     if args.quick and not args.models:
         args.models = ['stm', 'tdrl', 'cme', 'sme', 'cmr', 'first-first', 'layer shift', 'layer pem', 'layer cme']
     if args.quick and args.studies == list(STUDIES):
         args.studies = ['latency', 'throughput', 'placement', 'training', 'scale-frames', 'scale-layers']
     plan = studies(args.studies, base, args.passes, args.rounds, args.models, args.modes)
+    planned = {c.model for study in plan for c in study.candidates}
+    for name in asked:
+        if name not in planned:
+            model = MODELS[name]
+            wants = ''.join([
+                f'; it takes {model.frames[0]} frames' if model.frames else '',
+                f'; it takes frames of {model.sizes[0]}x{model.sizes[0]}' if model.sizes else ''])
+            parser.error(f'argument --models: {name} is in none of the studies {", ".join(args.studies)}{wants}')
     if not plan:
         parser.error('nothing is left to measure: no study of --studies has these --models in these --modes')
+    left_out = [name for name in args.studies if name not in {study.name for study in plan}]
+    if left_out:
+        print(f'nothing in these --models and --modes: {", ".join(left_out)}', file=sys.stderr)
     return args, base, plan
 
 
@@ -87,19 +99,40 @@ def header(args: argparse.Namespace, base: Setting) -> dict[str, Any]:
         'rounds': args.rounds, 'quick': args.quick}
 
 
-def resume(path: Path, head: dict[str, Any]) -> list[dict[str, Any]]:
-    """Units of an unfinished file. Numbers of two machines are never mixed.
+def read(path: Path) -> dict[str, Any]:
+    """A result file of this benchmark.
 
     Raises:
-        ValueError: It was measured elsewhere or otherwise.
+        OSError: It can't be read.
+        ValueError: It is something else.
     """
-    old = json.loads(path.read_text())
-    differing = [key for key in _IDENTITY if old.get(key) != head[key]]
-    if differing:
-        key = differing[0]
-        raise ValueError(
-            f'{path} has {key} {json.dumps(old.get(key))}, this run {json.dumps(head[key])}: choose another file, or '
-            f'--fresh to overwrite it')
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is no JSON: {error}') from error
+    if not isinstance(results, dict) or not results.keys() >= {*_IDENTITY, 'units'}:
+        raise ValueError(f'{path} is no result file of benchmarks.runtime')
+    return results
+
+
+def resume(path: Path, head: dict[str, Any], plan: list[Study]) -> list[dict[str, Any]]:
+    """Units of an unfinished file. Numbers of two machines are never mixed, and none are overwritten.
+
+    Raises:
+        OSError, ValueError: It can't be read, it was measured elsewhere or otherwise, or a study has other candidates
+            there: what was not interleaved is not put side by side.
+    """
+    old = read(path)
+    otherwise = 'choose another file, or --fresh to overwrite it'
+    for key in _IDENTITY:
+        if old[key] != head[key]:
+            raise ValueError(
+                f'{path} has {key} {json.dumps(old[key])}, this run {json.dumps(head[key])}: {otherwise}')
+    planned = {study.name: study for study in plan}
+    for unit in old['units']:
+        study = planned.get(unit['study'])
+        if study and not _covers(unit, study) and not _candidates(unit) <= set(study.candidates):
+            raise ValueError(f'{path} has other models or modes of the study {study.name}: {otherwise}')
     head['date'], head['command'] = old['date'], old['command']
     units: list[dict[str, Any]] = old['units']
     return units
@@ -122,34 +155,46 @@ def bar(total: int, done: int) -> Any:
 
 
 def main() -> int:
+    start = timing.Deadline(0)
     args, base, plan = parse()
+    deadline = timing.Deadline(60 * args.minutes + start.left())
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which measures memory, greets and parts
     torch.backends.cudnn.benchmark = True  # everything is to be as fast as it gets
     head = header(args, base)
     units: list[dict[str, Any]] = []
     if args.out and args.out.exists() and not args.fresh:
         try:
-            units = resume(args.out, head)
-        except (ValueError, KeyError) as error:
+            units = resume(args.out, head, plan)
+        except (OSError, ValueError) as error:
             print(f'argument --out: {error}', file=sys.stderr)
             return 2
-    run(args, plan, head, units)
+    run(args, plan, deadline, head, units)
     results = {**head, 'units': units}
-    print(render.render(results))
-    if args.against:
-        verdict = render.compare(results, json.loads(args.against.read_text()))
-        print(verdict.text)
-        if verdict.apart:
-            return 1
+    print(render.render(results), 'Operations and parameters: python -m benchmarks.flops', sep='\n\n')
+    names = {study.name for study in plan}
     failed = sorted({
-        f'{entry["model"]}, {entry["mode"]} ({entry["missing"]})' for unit in units for entry in unit['entries']
+        f'{entry["model"]}, {entry["mode"]} ({entry["missing"]})'
+        for unit in units if unit['study'] in names for entry in unit['entries']
         if entry.get('missing', NO_TIME) != NO_TIME})
+    if args.against:
+        verdict = render.compare(results, args.against)
+        print('', verdict.text, sep='\n')
+        for key in ('machine', 'gpu', 'versions'):
+            if results[key] != args.against[key]:
+                print(f'note: {key} there {json.dumps(args.against[key])}, here {json.dumps(results[key])}')
+        if not verdict.inside + verdict.overlapping:
+            failed.append('no ratio of --against came out again')
+        elif verdict.apart:
+            failed.append(f'{verdict.apart} ratios of --against did not come out again')
     if failed:
-        print(f'candidates failed: {"; ".join(failed)}', file=sys.stderr)
+        print(f'failed: {"; ".join(failed)}', file=sys.stderr)
     return 1 if failed else 0
 
 
-def run(args: argparse.Namespace, plan: list[Study], head: dict[str, Any], units: list[dict[str, Any]]) -> None:
+def run(
+        args: argparse.Namespace, plan: list[Study], deadline: timing.Deadline, head: dict[str, Any],
+        units: list[dict[str, Any]],
+) -> None:
     """Measure what the units lack. The first pass of all studies comes before the second of any."""
     finished = {(unit['study'], unit['pass']): unit for unit in units}
     todo = [(study, number) for number in range(args.passes) for study in plan if number < study.passes]
@@ -157,7 +202,7 @@ def run(args: argparse.Namespace, plan: list[Study], head: dict[str, Any], units
     done = sum(
         size for (study, number), size in zip(todo, sizes) if _covers(finished.get((study.name, number)), study))
     late: list[str] = []
-    deadline, durations = timing.Deadline(60 * args.minutes), dict.fromkeys(STUDIES, 0.)
+    durations = dict.fromkeys(STUDIES, 0.)
     with bar(sum(sizes), done) as progress:
         for study, number in todo:
             if _covers(finished.get((study.name, number)), study):
@@ -169,22 +214,31 @@ def run(args: argparse.Namespace, plan: list[Study], head: dict[str, Any], units
             start = timing.Deadline(0)
             entries = measure(study, number, deadline, progress.update)
             durations[study.name] = -start.left()
+            unit = {
+                'study': study.name, 'pass': number, 'date': timing.environment()['date'], 'entries': entries}
+            cut = [f'{e["model"]}, {e["mode"]}' for e in entries if e.get('missing') == NO_TIME]
+            if cut:
+                late.append(f'{study.name}, pass {number + 1}: {", ".join(dict.fromkeys(cut))}')
+            if len(_candidates(unit)) <= len(_candidates(finished.get((study.name, number)))):
+                continue  # no more than what is there, or nothing at all
             units[:] = [unit for unit in units if (unit['study'], unit['pass']) != (study.name, number)]
-            date = timing.environment()['date']
-            units.append({'study': study.name, 'pass': number, 'date': date, 'entries': entries})
+            units.append(unit)
             if args.out:
                 save(args.out, head, units)
     if late:
         print(f'no time was left for: {"; ".join(late)}', file=sys.stderr)
 
 
+def _candidates(unit: dict[str, Any] | None) -> set[Candidate]:
+    """What a unit has results of; that a candidate failed is one, too."""
+    return {
+        Candidate(e['model'], e['mode'], Setting.of(e), e['width'], e['training'])
+        for e in (unit or {'entries': ()})['entries'] if e.get('missing') != NO_TIME}
+
+
 def _covers(unit: dict[str, Any] | None, study: Study) -> bool:
     """Whether a finished unit has all that is wanted of it."""
-    if unit is None:
-        return False
-    have = {Candidate(e['model'], e['mode'], Setting.of(e), e['width'], e['training'])
-            for e in unit['entries'] if 'samples' in e}
-    return have.issuperset(study.candidates)
+    return _candidates(unit).issuperset(study.candidates)
 
 
 if __name__ == '__main__':

@@ -16,7 +16,9 @@ from benchmarks.peers.tsm import TemporalShift
 from cmr_layers import CME, SME, TIM
 from cmr_layers.clip import Fold
 
-__all__ = ['LAYERS', 'LAYER_CHANNELS', 'MODELS', 'OFF_THE_SHELF', 'PLACEMENTS', 'REDUCTIONS', 'TABLE_7', 'Model']
+__all__ = [
+    'LAYERS', 'LAYER_CHANNELS', 'MODELS', 'NUM_CLASSES', 'OFF_THE_SHELF', 'PLACEMENTS', 'REDUCTIONS', 'TABLE_7',
+    'Model']
 
 NUM_CLASSES = 174  # of Something-Something V1
 
@@ -33,6 +35,7 @@ class Model(NamedTuple):
     throughput: float | None = None
     accuracy: float | None = None
     frames: tuple[int, ...] | None = None  # clip lengths that it takes, if not all
+    sizes: tuple[int, ...] | None = None  # heights and widths, likewise
     in_channels: int = 3
 
 
@@ -79,8 +82,8 @@ TABLE_7 = {
 OFF_THE_SHELF = {
     'r3d_18': Model('R3D-18', _torchvision('r3d_18')),
     'r2plus1d_18': Model('R(2+1)D-18', _torchvision('r2plus1d_18')),
-    's3d': Model('S3D', _torchvision('s3d'), frames=(16,)),
-    'mvit_v2_s': Model('MViTv2-S', _torchvision('mvit_v2_s'), frames=(16,)),
+    's3d': Model('S3D', _torchvision('s3d'), frames=(16,), sizes=(224,)),
+    'mvit_v2_s': Model('MViTv2-S', _torchvision('mvit_v2_s'), frames=(16,), sizes=(224,)),
     'swin3d_t': Model('Swin3D-T', _torchvision('swin3d_t')),
 }
 PLACEMENTS = {  # Table 5; its second row is 'cmr'

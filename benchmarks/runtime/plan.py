@@ -2,10 +2,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks import candidates
 from benchmarks.candidates import COMPILED, Setting
 from benchmarks.runtime.models import LAYERS, MODELS, OFF_THE_SHELF, PLACEMENTS, REDUCTIONS, TABLE_7
 
-__all__ = ['BASES', 'MODES', 'STUDIES', 'Candidate', 'Study', 'studies']
+__all__ = ['BASES', 'MODES', 'ON', 'STUDIES', 'Candidate', 'Study', 'studies', 'takes']
 
 # Which path the layers take, and what is done to the network (benchmarks.candidates). 'eager' is everybody's plain
 # PyTorch, CMR's reference path included; 'fused' is what a user of this package gets without asking.
@@ -14,8 +15,7 @@ MODES = {
     'compiled': ('auto', 'compiled'), 'frozen': ('auto', 'frozen'),
     'graph': ('auto', 'graph'), 'compiled-graph': ('auto', 'compiled-graph'),
 }
-ON = {'cpu': ('eager', 'fused', 'folded', 'compiled', 'frozen'),
-      'cuda': ('eager', 'fused', 'folded', 'graph', 'compiled', 'compiled-graph')}
+ON = {device: ('eager', 'fused', *modes[1:]) for device, modes in candidates.MODES.items()}
 BASES = ('tsn', 'tsm')  # what ratios are taken to: in every study
 _FEW = (*BASES, 'cmr')
 _SCALED = (*BASES, 'tei', 'tdrl', 'cmr')
@@ -53,22 +53,24 @@ class Study(NamedTuple):
     rounds: int     # of each pass
 
 
-def _takes(model: str, frames: int) -> bool:
-    lengths = MODELS[model].frames
-    return lengths is None or frames in lengths
+def takes(model: str, setting: Setting) -> bool:
+    """Whether a model runs on clips of this length and size."""
+    lengths, sizes = MODELS[model].frames, MODELS[model].sizes
+    return (lengths is None or setting.frames in lengths) and (sizes is None or setting.size in sizes)
 
 
 def _cross(
         models: Iterable[str], modes: Sequence[str], setting: Setting, training: bool = False) -> Iterator[Candidate]:
     for model in models:
-        if _takes(model, setting.frames):
+        if takes(model, setting):
             for mode in modes:
                 yield Candidate(model, mode, setting, training=training)
 
 
 def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
     cuda = base.device == 'cuda'
-    one = ('fused',)
+    # launches would hide everything else at batch 1, and what is studied with them
+    one = ('graph',) if cuda else ('fused',)
     if name == 'latency':
         yield from _cross(TABLE_7, ['eager', 'fused', 'folded', *['graph'] * cuda], base)
         yield from _cross(OFF_THE_SHELF, ['fused', *['graph'] * cuda], base)
@@ -76,13 +78,14 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
         yield from _cross(
             [*TABLE_7, *['r3d_18', 'swin3d_t'] * cuda], ['fused', *['graph'] * cuda], base._replace(batch=8))
     elif name == 'placement':
-        yield from _cross([*BASES, 'tim', 'cmr', *PLACEMENTS, *REDUCTIONS], ['folded', 'graph'] if cuda else one, base)
+        yield from _cross([*BASES, 'tim', 'cmr', *PLACEMENTS, *REDUCTIONS], one, base)
     elif name == 'frames':
         yield from _cross([*TABLE_7, *OFF_THE_SHELF], one, base._replace(frames=16))
     elif name == 'training':
-        yield from _cross(TABLE_7, one, base._replace(batch=8 if cuda else 1), training=True)
+        yield from _cross(TABLE_7, ['fused'], base._replace(batch=8 if cuda else 1), training=True)
     elif name == 'modes':
-        yield from _cross([*BASES, 'tdrl', 'cmr'], ['folded', 'compiled', 'compiled-graph' if cuda else 'frozen'], base)
+        models = [*BASES, 'cmr'] if cuda else [*BASES, 'tdrl', 'cmr']
+        yield from _cross(models, ['folded', 'compiled', 'compiled-graph' if cuda else 'frozen'], base)
     elif name == 'precision':
         for dtype in ('fp32', 'tf32', 'fp16', 'bf16') if cuda else ('fp32', 'bf16'):
             yield from _cross(_FEW, one, base._replace(dtype=dtype))
@@ -93,7 +96,9 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
             yield from _cross(_SCALED, one, base._replace(frames=frames, size=base.size // 2))
     elif name == 'scale-layers':
         for frames in (4, 8, 16, 32, 64):
-            yield from _cross(LAYERS, ('eager', 'fused'), base._replace(frames=frames, size=max(2, base.size // 16)))
+            yield from _cross(
+                LAYERS, ['fused', 'graph'] if cuda else ['eager', 'fused'],
+                base._replace(frames=frames, size=max(2, base.size // 16)))
     elif name == 'scale-size':
         for size in (base.size // 2, base.size * 3 // 4, base.size):
             yield from _cross(_SCALED, one, base._replace(size=size - size % 2))
@@ -103,7 +108,7 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
     elif name == 'scale-width':
         for width in (.5, 1, 1.5, 2):
             for model in _SCALED:
-                yield Candidate(model, 'fused', base._replace(size=base.size // 2), width)
+                yield Candidate(model, *one, base._replace(size=base.size // 2), width)
 
 
 def studies(

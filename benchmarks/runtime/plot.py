@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.candidates import Setting
 from benchmarks.runtime.models import OFF_THE_SHELF, TABLE_7
-from benchmarks.runtime.render import measured, ratio
+from benchmarks.runtime.render import best_mode, measured, ratio
 
 __all__ = ['Point', 'digest', 'draw', 'points', 'stale']
 
@@ -29,14 +30,17 @@ class Point(NamedTuple):
 
 
 def points(results: dict[str, Any]) -> list[Point]:
-    """What is drawn of a result file: the study 'latency' in fused mode."""
-    ms = {m.model: m for m in measured(results, 'latency') if m.mode == 'fused'}
+    """What is drawn of a result file: the study 'latency', in one mode."""
+    latency = measured(results, 'latency')
+    mode = best_mode(latency)
+    ms = {m.model: m for m in latency if m.mode == mode}
     found = []
     for name, model in {**TABLE_7, **OFF_THE_SHELF}.items():
         cost = ratio(ms[name], ms.get('tsm')) if name in ms else None
         if cost:
             paper = model.latency / TABLE_7['tsm'].latency if model.latency else None  # type: ignore[operator]
-            found.append(Point(name, model.label, cost['median'], cost['low'], cost['high'], paper, model.accuracy))
+            low, median, high = (round(cost[key], 4) for key in ('low', 'median', 'high'))
+            found.append(Point(name, model.label, median, low, high, paper, model.accuracy))
     return found
 
 
@@ -68,8 +72,8 @@ def draw(results: dict[str, Any], path: Path) -> None:
         scatter, bars = figure.subplots(1, 2, width_ratios=(1, 1.1))
         _scatter(scatter, found)
         _bars(bars, found)
-        figure.suptitle(f'{where}: 8 frames, {results["base"]["size"]}x{results["base"]["size"]}, batch 1, '
-                        f'{results["base"]["dtype"]}, {results["date"][:10]}', fontsize=9)
+        mode = best_mode(measured(results, 'latency'))
+        figure.suptitle(f'{where}: {Setting(**results["base"]).label}, {mode} mode, {results["date"][:10]}', fontsize=9)
         figure.savefig(path, format='svg', metadata={'Date': None, 'Description': f'data {digest(found)}'})
     path.write_text(re.sub(r' +$', '', path.read_text(), flags=re.MULTILINE))
 

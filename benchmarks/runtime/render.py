@@ -132,25 +132,49 @@ def _to(m: Measured | None, ms: Sequence[Measured], base: str) -> str:
     return _interval(ratio(m, _like(m, ms, base))) if m else ''
 
 
+def best_mode(ms: Iterable[Measured]) -> str | None:
+    """The mode that a plot shows: without compiling, the one that hides least behind launches."""
+    there = {m.mode for m in ms if m.time}
+    return next((mode for mode in ('graph', 'fused', 'folded', 'eager') if mode in there), None)
+
+
 def table_7(results: _Results) -> str:
-    """Latency and throughput of the paper's rows and ours, the paper's figures beside them."""
+    """Latency and throughput of the paper's rows and ours, the paper's figures beside them; by mode, if several."""
+    found = {m.mode for study in ('latency', 'throughput') for m in measured(results, study)}
+    shown: list[str] = [mode for mode in ('graph', 'fused') if mode in found] or sorted(found)
+    return '\n\n'.join(_table_7(results, mode) for mode in shown)
+
+
+def _table_7(results: _Results, mode: str) -> str:
     latency, throughput = measured(results, 'latency'), measured(results, 'throughput')
     cuda, tsm = results['device'] == 'cuda', TABLE_7['tsm']
-    head = ['', 'latency, ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', "to TSM, paper's", 'clips/s, batch 8',
-            'to TSM', "to TSM, paper's", "top-1, paper's"]
+    head = [f'{mode} mode', 'latency, ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', "to TSM, paper's",
+            'throughput, clips/s', 'to ResNet-50', 'to TSM', "to TSM, paper's", "top-1, paper's"]
     rows = []
     for name, model in {**TABLE_7, **OFF_THE_SHELF}.items():
-        m, n = _find(latency, name, 'fused'), _find(throughput, name, 'fused')
+        m, n = _find(latency, name, mode), _find(throughput, name, mode)
         if not m and not n:
             continue
-        clips = n.setting.batch / n.summary()['median'] if n and n.time else None  # type: ignore[index]
-        tsm_n = _like(n, throughput, 'tsm') if n else None
-        faster = ratio(tsm_n, n) if tsm_n else None  # of throughputs: the other way round
         rows.append([
             model.label, _time(m), *[_bound(m)] * cuda, _to(m, latency, 'tsn'), _to(m, latency, 'tsm'),
-            _number(_over(model.latency, tsm.latency)), _number(clips), _interval(faster),
-            _number(_over(model.throughput, tsm.throughput)), _number(model.accuracy, 1)])
+            _number(_over(model.latency, tsm.latency)), _rate(n), _faster(n, throughput, 'tsn'),
+            _faster(n, throughput, 'tsm'), _number(_over(model.throughput, tsm.throughput)),
+            _number(model.accuracy, 1)])
     return table(head, rows)
+
+
+def _rate(m: Measured | None) -> str:
+    """Clips a second."""
+    if m is None or not m.time:
+        return _time(m)
+    entry = timing.summary([m.setting.batch / value for value in m.pooled()])
+    return timing.show(entry, 1, 2 if entry['median'] < 10 else 1)
+
+
+def _faster(m: Measured | None, ms: Sequence[Measured], base: str) -> str:
+    """Ratio of throughputs: that of the times, the other way round."""
+    other = _like(m, ms, base) if m else None
+    return _interval(ratio(other, m)) if other else ''
 
 
 def modes(results: _Results) -> str:
@@ -161,9 +185,10 @@ def modes(results: _Results) -> str:
         if len({m.mode for m in ms}) < 2:
             continue
         for m in ms:
+            itself = ratio(m, _find(ms, m.model, own)) if m.mode != own else None
             rows.append([
                 m.row.label, m.mode, str(m.setting.batch), _time(m), *[_bound(m)] * (results['device'] == 'cuda'),
-                f'{_interval(ratio(m, _find(ms, m.model, own)))} of {own}' if m.mode != own else '',
+                f'{_interval(itself)} of {own}' if itself else '',
                 _to(m, ms, 'tsn'), _to(m, ms, 'tsm'), _memory(m), f'{m.error:.0e}' if m.error is not None else ''])
     head = ['', 'mode', 'batch', 'ms', *[_BOUND] * (results['device'] == 'cuda'), 'to itself',
             'to ResNet-50, same mode', 'to TSM, same mode', 'peak MB', 'largest error']
@@ -239,9 +264,15 @@ def exponent(ms: Sequence[Measured], axis: Callable[[Measured], float]) -> dict[
     return timing.bootstrap([[slope(times) for times in zip(*(m.time[i] for m in ms))] for i in passes])
 
 
+def _point(m: Measured | None) -> str:
+    entry = m.summary() if m else None
+    return _number(entry['median'] * 1e3) if entry else _time(m)
+
+
 def scaling(results: _Results, study: str) -> str:
     """Time along an axis, and the exponent fitted to it."""
     name, axis = AXES[study]
+    cuda = results['device'] == 'cuda'
     ms = measured(results, study)
     lines: dict[tuple[str, str], list[Measured]] = {}
     for m in ms:
@@ -251,12 +282,13 @@ def scaling(results: _Results, study: str) -> str:
     for (_, mode), line in lines.items():
         line = sorted(line, key=axis)
         at = {axis(m): m for m in line}
-        last = exponent(line[-2:], axis)
+        done = [m for m in line if m.time]
         rows.append([
-            line[0].row.label, mode, *(_number((at[p].summary() or {}).get('median', math.nan) * 1e3) if p in at else ''
-                                       for p in points),
-            _interval(exponent(line, axis)), _interval(last)])
-    head = ['ms', 'mode', *(f'{p:g} {name}' for p in points), 'exponent', 'of the last step']
+            line[0].row.label, mode, *[_bound(done[-1] if done else None)] * cuda,
+            *(_point(at.get(p)) for p in points),
+            _interval(exponent(done, axis)), _interval(exponent(done[-2:], axis))])
+    head = ['ms', 'mode', *['largest bound by (host, ms)'] * cuda, *(f'{p:g} {name}' for p in points), 'exponent',
+            'of the last step']
     return table(head, rows)
 
 
@@ -277,8 +309,8 @@ def describe(results: _Results, names: Sequence[str]) -> str:
     units = [unit for unit in results['units'] if unit['study'] in names]
     setting = Setting(**results['base'])
     passes = {name: sum(unit['study'] == name for unit in units) for name in names}
-    counts = ', '.join(f'{name} {count}' for name, count in passes.items()) if len(names) > 1 else passes[names[0]]
-    return f'{timing.origin(results)}; {setting.label}; passes: {counts}'
+    counts = ', '.join(f'{name} {count}' for name, count in passes.items() if count)
+    return f'{timing.origin(results)}; base: {setting.label}; passes: {counts}'
 
 
 def section(results: _Results, name: str) -> str:
