@@ -89,8 +89,10 @@ def _scatter(axes: Any, found: list[Point]) -> None:
         axes.errorbar(
             point.ratio, point.accuracy, xerr=[[point.ratio - point.low], [point.high - point.ratio]], fmt='o',
             markersize=5, color=color, capsize=2, zorder=3)
+        below = point.name == 'cme'  # whose accuracy is that of 'sme'
         axes.annotate(
-            point.label, (point.ratio, point.accuracy), xytext=(4, 5), textcoords='offset points', color=color)
+            point.label, (point.ratio, point.accuracy), xytext=(4, -13 if below else 5), textcoords='offset points',
+            color=color)
     axes.set_xscale('log')
     ticks = [1, 1.5, 2, 3, 4, 5]
     axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
