@@ -13,7 +13,7 @@ def randomize(model):
     """Values as after training, so that no wrong term hides behind a zero or a one."""
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, nn.BatchNorm2d):
+            if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)):
                 m.weight.uniform_(.5, 1.5)
                 m.bias.uniform_(-.5, .5)
                 m.running_mean.uniform_(-.5, .5)

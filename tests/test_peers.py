@@ -32,12 +32,7 @@ def trained(model):
     randomize(model)
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, nn.BatchNorm3d):
-                m.weight.uniform_(.5, 1.5)
-                m.bias.uniform_(-.5, .5)
-                m.running_mean.uniform_(-.5, .5)
-                m.running_var.uniform_(.5, 2)
-            elif isinstance(m, nn.Conv3d):
+            if isinstance(m, nn.Conv3d):
                 nn.init.kaiming_uniform_(m.weight, nonlinearity='linear')
             if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.bias is not None:
                 m.bias.uniform_(-.7, .7)

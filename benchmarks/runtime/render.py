@@ -107,6 +107,10 @@ def _memory(m: Measured | None) -> str:
     return '' if m is None or m.memory is None else f'{m.memory / 1e6:.0f}'
 
 
+def _error(m: Measured) -> str:
+    return '' if m.error is None else f'{m.error:.0e}'
+
+
 def _bound(m: Measured | None) -> str:
     host = m.host_time() if m else None
     if m is None or host is None:
@@ -189,7 +193,7 @@ def modes(results: _Results) -> str:
             rows.append([
                 m.row.label, m.mode, str(m.setting.batch), _time(m), *[_bound(m)] * (results['device'] == 'cuda'),
                 f'{_interval(itself)} of {own}' if itself else '',
-                _to(m, ms, 'tsn'), _to(m, ms, 'tsm'), _memory(m), f'{m.error:.0e}' if m.error is not None else ''])
+                _to(m, ms, 'tsn'), _to(m, ms, 'tsm'), _memory(m), _error(m)])
     head = ['', 'mode', 'batch', 'ms', *[_BOUND] * (results['device'] == 'cuda'), 'to itself',
             'to ResNet-50, same mode', 'to TSM, same mode', 'peak MB', 'largest error']
     return table(head, rows)
@@ -235,7 +239,7 @@ def precision(results: _Results) -> str:
     ms = measured(results, 'precision')
     cuda = results['device'] == 'cuda'
     rows = [[m.row.label, m.setting.dtype, m.setting.layout, _time(m), *[_bound(m)] * cuda, _to(m, ms, 'tsn'),
-             _to(m, ms, 'tsm'), _memory(m), f'{m.error:.0e}' if m.error is not None else ''] for m in ms]
+             _to(m, ms, 'tsm'), _memory(m), _error(m)] for m in ms]
     head = ['', 'dtype', 'layout', 'ms', *[_BOUND] * cuda, 'to ResNet-50', 'to TSM', 'peak MB', 'largest error']
     return table(head, rows)
 
