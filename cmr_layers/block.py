@@ -4,7 +4,7 @@ Type A is CME, TIM and the block; type B is type A with SME. Which one a block i
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
-from typing import Any, Callable, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Tuple, Union
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from .clip import ClipLayer, check_choice
 from .cme import CME
 from .deploy import fold_norms
+from .drop import share_drops
 from .front import front, is_bare, is_own
 from .sme import SME
 from .tim import TIM
 
-__all__ = ['CMRBasicBlock', 'CMRBlock', 'PLACEMENTS', 'is_placed']
+__all__ = ['CMRBasicBlock', 'CMRBlock', 'PLACEMENTS', 'TemporalBlock', 'is_placed']
 
 PLACEMENTS = ('all', 'first', 'none')
 
@@ -28,7 +29,25 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
     return where == 'all' or (where == 'first' and opens_stage)
 
 
-class _TemporalBlock(nn.Module):
+class TemporalBlock(nn.Module):
+    """A residual block with temporal layers: how it ends."""
+    if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
+        cme: nn.Module
+        tim: nn.Module
+        sme: nn.Module
+
+    def _end(self, act: nn.Module, x: Any, shortcut: Any) -> Any:
+        """``sme(act(x + shortcut))``; x is overwritten."""
+        if isinstance(x, Tensor) and isinstance(self.sme, SME) and is_own(self.sme, SME):
+            if type(act) is nn.ReLU and is_bare(act):
+                return self.sme.forward_sum(x, shortcut)
+        x += shortcut
+        return self.sme(act(x))
+
+    fuse = fold_norms  # for timm's reparameterize_model
+
+
+class _BuiltBlock(TemporalBlock):
     """What the two blocks share: they are timm's block and have temporal layers besides."""
     cme_layer: Callable[..., ClipLayer] = CME
     tim_layer: Callable[..., ClipLayer] = TIM
@@ -53,28 +72,19 @@ class _TemporalBlock(nn.Module):
         out_channels: Any = getattr(self, 'conv3', self.conv2).out_channels  # type: ignore[union-attr]
 
         dd['num_frames'] = num_frames
-        self.cme: nn.Module = nn.Identity()
-        self.tim: nn.Module = nn.Identity()
-        self.sme: nn.Module = nn.Identity()
+        self.cme = nn.Identity()
+        self.tim = nn.Identity()
+        self.sme = nn.Identity()
         if is_placed('cme', cme, opens_stage):
             self.cme = self.cme_layer(in_channels, reduction=reduction, **dd)
         if is_placed('tim', tim, opens_stage):
             self.tim = self.tim_layer(in_channels, **dd)
         if is_placed('sme', sme, opens_stage):
             self.sme = self.sme_layer(out_channels, **dd)
-
-    def _end(self, act: nn.Module, x: Any, shortcut: Any) -> Any:
-        """``sme(act(x + shortcut))``; x is overwritten."""
-        if isinstance(x, Tensor) and isinstance(self.sme, SME) and is_own(self.sme, SME):
-            if type(act) is nn.ReLU and is_bare(act):
-                return self.sme.forward_sum(x, shortcut)
-        x += shortcut
-        return self.sme(act(x))
-
-    fuse = fold_norms  # for timm's reparameterize_model
+        share_drops(self, num_frames)
 
 
-class CMRBlock(_TemporalBlock, Bottleneck):
+class CMRBlock(_BuiltBlock, Bottleneck):
     """timm's Bottleneck with the temporal layers: CMR-BlockA, or CMR-BlockB where ``sme`` puts an SME at its end.
 
     The shortcut takes the block's input as it is; CME and TIM sit on the residual branch only. SME sees the block's
@@ -140,7 +150,7 @@ class CMRBlock(_TemporalBlock, Bottleneck):
         return x
 
 
-class CMRBasicBlock(_TemporalBlock, BasicBlock):
+class CMRBasicBlock(_BuiltBlock, BasicBlock):
     """timm's BasicBlock with the temporal layers, the sibling of :class:`CMRBlock` for ResNet-18 and -34.
 
     Arguments and errors as there. One difference: in timm's ResNet-18 and -34 the first stage opens without a

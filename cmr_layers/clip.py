@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .ops import reference
 
 __all__ = [
-    'ClipLayer', 'ClipModel', 'Consensus', 'Fold', 'clip_shape', 'set_num_frames', 'temporal_keys',
+    'ClipLayer', 'Consensus', 'Fold', 'clip_shape', 'set_num_frames', 'temporal_keys',
 ]
 
 
@@ -229,69 +229,6 @@ class Consensus(ClipModule):
 
     def extra_repr(self) -> str:
         return f'num_frames={self.num_frames}'
-
-
-class ClipModel(nn.Module):
-    """A video classifier made of an image classifier: fold, run every frame, average the clip's frames.
-
-    What :func:`retrofit` and :func:`insert` leave is a network that still maps (B*T, C, H, W) frames to one output
-    each. This wrapper gives it the interface of the ``cmr_resnet`` family.
-
-    Args:
-        model: Network from (B*T, C, H, W) to logits or features (B*T, K), or to a transformers output with
-            ``logits``.
-        num_frames: Frames T of a clip.
-
-    Shapes:
-        (B, T, C, H, W), or (B*T, C, H, W) by the rule of :func:`clip_shape`, to (B, K).
-
-    Raises:
-        ValueError: num_frames is no positive int, or not that of the layers in the model; at call time, not the
-            clip's number of frames.
-        TypeError: model is no module; at call time, it returned something that is not a tensor (B*T, K).
-
-    Example:
-        >>> import timm
-        >>> model = ClipModel(timm.create_model('resnet18', num_classes=5).eval(), num_frames=4)
-        >>> model(torch.randn(2, 4, 3, 64, 64)).shape
-        torch.Size([2, 5])
-    """
-
-    def __init__(self, model: nn.Module, num_frames: int = 8) -> None:
-        super().__init__()
-        check_module('model', model)
-        self.fold = Fold(num_frames)
-        self.model = model
-        self.consensus = Consensus(num_frames)
-        self._check_layers()
-
-    @property
-    def num_frames(self) -> int:
-        return self.fold.num_frames
-
-    @torch.jit.unused
-    def _check_layers(self) -> None:
-        """A layer with another T would mix the frames of different clips without a word."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, ClipModule) and module.num_frames != self.num_frames:
-                raise ValueError(
-                    f'num_frames={self.num_frames}, but {name or type(module).__name__} of the model has '
-                    f'num_frames={module.num_frames}; set_num_frames() sets both'
-                )
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            if not torch.compiler.is_compiling():  # a compiled graph has the layers' T in it
-                self._check_layers()
-        x = self.fold(x)
-        frames = self.model(x)
-        if not torch.jit.is_scripting():
-            frames = getattr(frames, 'logits', frames)
-        if not isinstance(frames, Tensor) or frames.ndim != 2 or frames.shape[0] != x.shape[0]:
-            got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
-            raise TypeError(f'model must return a tensor of shape (B*T, K) for the frames of a clip, got {got}')
-        y: Tensor = self.consensus(frames)
-        return y
 
 
 def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:

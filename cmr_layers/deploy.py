@@ -2,8 +2,9 @@
 
 Folding follows timm's protocol: ``timm.utils.reparameterize_model(model)`` asks every module of a network, except the
 network itself, for ``fuse()`` and puts in its place what that returns. It leaves no batch norm in the ``cmr_resnet``
-family and its released variants. In a network that :func:`cmr_layers.retrofit` or :func:`cmr_layers.insert` changed,
-only SME's batch norms fold, and those of the image network stay: which convolution is in front of them is not known.
+family and its released variants, and that of the stem in a ResNet of timm's or torchvision's that
+:func:`cmr_layers.retrofit` changed. Elsewhere only SME's batch norms fold, and those of the image network stay: which
+convolution is in front of them is not known.
 """
 from typing import Any, Callable, Optional
 

@@ -9,10 +9,10 @@ from typing import Dict, List, Optional, Tuple, Union
 
 from torch import Tensor, nn
 
-from .block import CMRBasicBlock, CMRBlock, is_placed
+from .attach import Report, all_or_nothing, check_network, finish, is_adopted, put_in_block
+from .block import TemporalBlock, is_placed
 from .clip import ClipLayer, check_choice, check_positive
 from .cme import CME
-from .insert import Report, attach, check_network
 from .probe import like, probe, zero_image
 from .sme import SME
 from .tim import TIM
@@ -39,7 +39,12 @@ def retrofit(
     of each block, as in the ``cmr_resnet`` family, so state dicts of a retrofitted timm ResNet and of its cousin in
     the family fit each other, but for a bias that a CME without a TIM has. It still maps frames (B*T, C, H, W) to one
     output each: wrap it in :class:`ClipModel` to feed it clips (B, T, C, H, W). :func:`restore` gives the original
-    network back. Compile it after, not before; TorchScript does not know the hooks that hold the layers.
+    network back. Stochastic depth and DropBlock are drawn once a clip from now on.
+
+    The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves: adapters, fusing,
+    quantizing, SyncBatchNorm's conversion, TorchScript and ``torch.fx`` work on them as on any network. Other blocks
+    (Res2Net, ResNeSt, SK, transformers') are held by hooks as in :func:`insert`, with the limits it names. Compile
+    after, not before.
 
     What the network computes before it is trained depends on ``start``:
 
@@ -93,7 +98,7 @@ def retrofit(
         example_input = zero_image(model, (64, 64))  # shows the channels as well as a large one
     calls = probe(model, {**blocks, **entries}, example_input)
 
-    layers: List[Tuple[ClipLayer, str, nn.Module, str, str, nn.Module]] = []
+    made: Dict[str, Dict[str, ClipLayer]] = {}
     for stage in stages:
         for name, block in stage:
             at = f'{name}.{entry}'
@@ -107,24 +112,28 @@ def retrofit(
             has_cme, has_tim = is_placed('cme', cme, opens_stage), is_placed('tim', tim, opens_stage)
             kw = {'num_frames': num_frames, **like(block, model)}
             identity = start == 'identity'
+            layers = made.setdefault(name, {})
             if has_cme:
                 gate_init = None if not identity else 0.5 if has_tim else 0.98
-                made: ClipLayer = CME(
+                layers['cme'] = CME(
                     calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
-                layers.append((made, at, entries[at], 'before', name, block))
             if has_tim:
                 init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)
-                made = TIM(calls[name].channels('before'), init=init, gain=gain, **kw)
-                layers.append((made, at, entries[at], 'before', name, block))
+                layers['tim'] = TIM(calls[name].channels('before'), init=init, gain=gain, **kw)
             if is_placed('sme', sme, opens_stage):
-                layers.append((SME(calls[name].channels('after'), **kw), name, block, 'after', name, block))
-    if not layers:
+                layers['sme'] = SME(calls[name].channels('after'), **kw)
+    if not any(made.values()):
         raise ValueError(f"nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be 'none'")
-    return Report(f'{type(model).__name__} ({kin})', num_frames, [attach(*layer) for layer in layers])
+    # nothing is touched before all layers could be made
+    with all_or_nothing(model):
+        insertions = [
+            insertion for name, layers in made.items() for insertion in put_in_block(model, name, entry, layers)]
+        finish(model, num_frames)
+    return Report(f'{type(model).__name__} ({kin})', num_frames, insertions)
 
 
 def _check_untouched(model: nn.Module) -> None:
-    if any(isinstance(module, (CMRBlock, CMRBasicBlock)) for module in model.modules()):
+    if any(isinstance(module, TemporalBlock) and not is_adopted(module) for module in model.modules()):
         raise ValueError(
             f'model ({type(model).__name__}) is made of CMR blocks already; choose its layers with cme=, tim= and sme= '
             f'when you build it'

@@ -11,7 +11,8 @@ import torch
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from .clip import ClipModel, check_positive
+from .clip import check_positive
+from .clip_model import ClipModel
 
 __all__ = ['Clip', 'ClipTransform', 'read_clip', 'sample_indices']
 

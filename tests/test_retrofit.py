@@ -292,7 +292,7 @@ def test_tim_in_first_blocks_only_leaves_98_percent_to_the_others():
             1] == 2).all()
     gate = model.layer3[1].cme.gate(images(T, 16, 2, 2))
     torch.testing.assert_close(gate, torch.full_like(gate, .98))
-    assert not hasattr(model.layer3[1], 'tim')
+    assert type(model.layer3[1].tim) is nn.Identity
 
 
 def test_a_batch_norm_in_training_mode_absorbs_the_factor_one_half():
@@ -742,8 +742,17 @@ def test_error_restore_of_a_copied_part_leaves_the_network_alone():
     model, x = image_net(), images()
     retrofit(model, num_frames=T)
     want = model(x)
-    with pytest.raises(ValueError, match=r"^model \(Conv2d\) is only a part: its 'cme' belongs to a BasicBlock"):
+    with pytest.raises(ValueError, match=r'^model \(Conv2d\) holds nothing that insert\(\) or retrofit\(\) put in$'):
         restore(copy.deepcopy(model.layer1[0].conv1))
+    assert torch.equal(model(x), want)
+
+
+def test_error_restore_of_a_hooked_part_leaves_the_network_alone():
+    model, x = randomize(timm.create_model('res2net50_14w_8s', num_classes=5)).eval(), images(T, 3, 32, 32)
+    retrofit(model, num_frames=T)
+    want = model(x)
+    with pytest.raises(ValueError, match=r'^model \(Conv2d\) is only a part: the CME of its Conv2d belongs to'):
+        restore(model.layer1[0].conv1)
     assert torch.equal(model(x), want)
 
 

@@ -1,0 +1,264 @@
+"""How temporal layers get into a network that somebody else built, and out again.
+
+A layer is a child of a module of the network, so that its parameters train, move and save with it, and no module is
+renamed. What runs it is one of two things:
+
+- **The block's own forward**, where the block is one we know line by line (timm's and torchvision's ResNets): the block
+  becomes one of ours, with the same parts. The layers belong to the block, so whatever takes the place of a part of it
+  (an adapter, a fused or a quantized convolution) is run with them, and TorchScript, FX and exporters see them.
+- **A hook** of the module they stand at, everywhere else (:mod:`.hooks`). A wrapper module in its place would be seen
+  by more tools, but it renames parameters. Renaming them back in the state dict alone makes two names of one parameter,
+  and functions that take one for the other (``torch.func.functional_call``) then ignore weights without a word. So it
+  is a hook, and a guard that finds out when somebody takes the hook away.
+"""
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Type
+
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
+from torchvision.models import resnet as torchvision_resnet
+
+from . import torchvision_block
+from .block import CMRBasicBlock, CMRBlock
+from .clip import ClipLayer, check_module
+from .drop import ClipDrop, share_drops
+from .hooks import Guard, LayerHook, Place, layer_hooks
+
+__all__ = [
+    'Insertion', 'Report', 'all_or_nothing', 'attach', 'check_network', 'finish', 'image_network', 'is_adopted',
+    'no_image_network', 'put_in_block', 'restore',
+]
+
+# Blocks whose forward is known, and what they become.
+_BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
+    BasicBlock: CMRBasicBlock,
+    Bottleneck: CMRBlock,
+    torchvision_resnet.BasicBlock: torchvision_block.CMRBasicBlock,
+    torchvision_resnet.Bottleneck: torchvision_block.CMRBottleneck,
+}
+_ADOPTED = 'was_adopted'  # attribute of what is one of ours for as long as the layers stay: blocks and drops
+
+# timm's savers write a name of what was changed here that its loaders refuse, instead of the image network's.
+_CHANGED = ' made a video network; save it with cmr_layers.save_model() and load it with load_model()'
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """One layer that was put in.
+
+    Attributes:
+        kind: Class of the layer, 'CME', 'SME' or 'TIM'.
+        name: Where it lives in the network, as in ``named_modules()`` and the state dict.
+        where: 'before' or 'after'.
+        at: Name of the module that it acts before or after.
+        channels: Channels C that it found there.
+        num_parameters: Parameters that it adds.
+    """
+    kind: str
+    name: str
+    where: str
+    at: str
+    channels: int
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`insert` or :func:`retrofit` did; print it."""
+    model: str
+    num_frames: int
+    insertions: List[Insertion] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Insertion]:
+        return iter(self.insertions)
+
+    def __len__(self) -> int:
+        return len(self.insertions)
+
+    def __str__(self) -> str:
+        kinds = [insertion.kind for insertion in self]
+        counts = ', '.join(f'{kinds.count(kind)} {kind}' for kind in dict.fromkeys(kinds))
+        added = sum(insertion.num_parameters for insertion in self)
+        lines = [f'{self.model}: {counts} for clips of {self.num_frames} frames, {added:,} parameters added']
+        width = max(len(insertion.name) for insertion in self)
+        lines += [f'  {i.name:<{width}}  {i.channels:>4} channels, {i.where} {i.at}' for i in self]
+        return '\n'.join(lines)
+
+
+def check_network(model: Any) -> None:
+    """Raise a TypeError if layers can't be put in model: a compiled graph would not know of them."""
+    check_module('model', model)
+    if any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules()):
+        raise TypeError('model must be the network itself, got what torch.compile made of it; compile it afterwards')
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Undo every change of the module tree if it does not come to its end, be it by an error or by Ctrl-C."""
+    before = [
+        (module, type(module), {key: dict(value) if isinstance(value, dict) else value
+                                for key, value in vars(module).items()})
+        for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, attributes in before:
+            now = vars(module)
+            if type(module) is not kind:
+                module.__class__ = kind
+            for key in now.keys() - attributes.keys():
+                del now[key]
+            for key, value in attributes.items():
+                if isinstance(value, dict) and isinstance(now.get(key), dict):
+                    now[key].clear()  # the same dictionary: handles of hooks know it
+                    now[key].update(value)
+                else:
+                    now[key] = value
+        raise
+
+
+def is_known(block: nn.Module) -> bool:
+    """Whether a block is one whose forward is known, and nobody replaced it."""
+    return type(block) in _BLOCKS and 'forward' not in vars(block)
+
+
+def is_adopted(block: nn.Module) -> bool:
+    """Whether a block of somebody else's became one of ours."""
+    return _ADOPTED in vars(block)
+
+
+def put_in_block(model: nn.Module, name: str, entry: str, layers: Dict[str, ClipLayer]) -> List[Insertion]:
+    """Give a residual block layers, some of 'cme', 'tim' and 'sme': the first two before its child ``entry``."""
+    block = model.get_submodule(name)
+    places = {'cme': (f'{name}.{entry}', 'before'), 'tim': (f'{name}.{entry}', 'before'), 'sme': (name, 'after')}
+    if not is_known(block):
+        return [attach(model, layer, *places[part], owner_name=name) for part, layer in layers.items()]
+    for part in places:
+        block.add_module(part, layers.get(part, nn.Identity()).train(block.training))
+    block.__class__ = _BLOCKS[type(block)]
+    setattr(block, _ADOPTED, True)
+    return [_insertion(layer, f'{name}.{part}', *places[part]) for part, layer in layers.items()]
+
+
+def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: str) -> Insertion:
+    """Make layer a child of the module owner_name and hook it before or after the module at."""
+    target, owner = model.get_submodule(at), model.get_submodule(owner_name)
+    kind = type(layer).__name__.lower()
+    own, n = kind, 1
+    while hasattr(owner, own):
+        n += 1
+        own = f'{kind}{n}'
+    layer.train(target.training)
+    owner.add_module(own, layer)
+    name = f'{owner_name}.{own}' if owner_name else own
+
+    guard = Guard.of(model)
+    if guard is None:
+        guard = Guard()
+        guard.register(model)
+    last = next(reversed(target._forward_pre_hooks.values()), None)
+    if where == 'before' and isinstance(last, LayerHook) and guard.extend(at, where, name):
+        last.layers += (layer,)  # one hook for both, since a CME and a TIM together take one pass over the frames
+    else:
+        LayerHook((layer,), where).register(target)
+        guard.places.append(Place(at, where, (name,)))
+    return _insertion(layer, name, at, where)
+
+
+def _insertion(layer: ClipLayer, name: str, at: str, where: str) -> Insertion:
+    return Insertion(
+        type(layer).__name__, name, where, at, layer.channels, sum(p.numel() for p in layer.parameters()))
+
+
+def finish(model: nn.Module, num_frames: int) -> None:
+    """What a network needs once it has layers: drops per clip, and a name that timm does not take for the image's."""
+    for drop in share_drops(model, num_frames):
+        setattr(drop, _ADOPTED, True)
+    for module in model.modules():
+        if 'pretrained_cfg' in vars(module):
+            _describe(module, no_image_network(module.pretrained_cfg))
+
+
+def no_image_network(cfg: Any) -> Any:
+    """timm's description of a network with the name of one that timm can't build, and so won't load without a word."""
+    name = cfg.get('architecture') if isinstance(cfg, dict) else None
+    return cfg if name is None or name.endswith(_CHANGED) else {**cfg, 'architecture': name + _CHANGED}
+
+
+def image_network(cfg: Any) -> Any:
+    """The description that :func:`no_image_network` was given."""
+    name = cfg.get('architecture') if isinstance(cfg, dict) else None
+    return cfg if name is None else {**cfg, 'architecture': name.removesuffix(_CHANGED)}
+
+
+def _describe(module: Any, cfg: Any) -> None:
+    module.pretrained_cfg = cfg
+    if 'default_cfg' in vars(module):
+        module.default_cfg = cfg  # timm's older name for the same
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Take out all that :func:`insert` and :func:`retrofit` put in: the original network, bit for bit.
+
+    What somebody else changed since stays changed: a fused or quantized module, an adapter. An interrupted call leaves
+    the network as it was.
+
+    Args:
+        model: The network that was passed to them, a copy of it, or any module with such layers in it.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: Nothing was inserted in it, or a layer is held by a module outside of it.
+        TypeError: model is no module.
+
+    Example:
+        >>> from cmr_layers import SME, insert
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU())
+        >>> _ = insert(model, SME, at='1')
+        >>> [name for name, _ in restore(model).named_parameters()]
+        ['0.weight', '0.bias']
+    """
+    check_module('model', model)
+    modules = list(model.modules())
+    blocks = [module for module in modules if is_adopted(module) and not isinstance(module, ClipDrop)]
+    hooks = [(module, hook) for module in modules for hook in layer_hooks(module)]
+    guards = [(module, guard) for module in modules if (guard := Guard.of(module)) is not None]
+    if not (blocks or hooks or guards):
+        raise ValueError(f'model ({type(model).__name__}) holds nothing that insert() or retrofit() put in')
+    # the layers that run, and those that a guard remembers and nothing runs any more
+    guests = {id(layer) for _, hook in hooks for layer in hook.layers}
+    for module, guard in guards:
+        names = dict(module.named_modules())
+        guests |= {id(names[name]) for place in guard.places for name in place.names
+                   if isinstance(names.get(name), ClipLayer)}
+    for module, hook in hooks:
+        for layer in hook.layers:
+            if layer not in modules:
+                raise ValueError(
+                    f'model ({type(model).__name__}) is only a part: the {type(layer).__name__} of its '
+                    f'{type(module).__name__} belongs to a module outside of it; pass one that holds both'
+                )
+    with all_or_nothing(model):
+        for block in blocks:
+            block.__class__ = next(known for known, ours in _BLOCKS.items() if ours is type(block))
+            delattr(block, _ADOPTED)
+            for part in ('cme', 'tim', 'sme'):
+                delattr(block, part)
+        for module, hook in hooks:
+            hook.unregister(module)
+        for module in modules:
+            for name in [name for name, child in module._modules.items() if id(child) in guests]:
+                delattr(module, name)
+        for module, guard in guards:
+            guard.unregister(module)
+        for module in modules:
+            for name, child in module._modules.items():
+                if isinstance(child, ClipDrop) and is_adopted(child):
+                    module._modules[name] = child.drop
+        for module in modules:
+            if 'pretrained_cfg' in vars(module):
+                _describe(module, image_network(module.pretrained_cfg))
+    return model

@@ -1,0 +1,73 @@
+"""Stochastic depth and DropBlock, drawn once a clip.
+
+Both drop parts of single samples while a network trains. To an image network each frame is a sample of its own: a frame
+that loses a branch its neighbours keep looks like motion to SME, and like a difference to CME.
+"""
+import re
+from typing import List
+
+import torch
+from timm.layers import register_notrace_module
+from torch import Tensor, nn
+
+from .clip import ClipModule, clip_shape, unfold
+
+__all__ = ['ClipDrop', 'share_drops']
+
+# Names of what draws once a sample in timm, torchvision and transformers: DropPath, ConvNextDropPath, DropBlock2d, ...
+_DROPS = re.compile('DropPath|StochasticDepth|DropBlock')
+
+
+@register_notrace_module
+class ClipDrop(ClipModule):
+    """What another module drops of a clip's first frame, dropped of all its frames.
+
+    Args:
+        drop: A module that multiplies its input by a random mask while it trains: timm's ``DropPath`` or
+            ``DropBlock2d``, torchvision's ``StochasticDepth``, transformers' ``...DropPath``.
+        num_frames: Frames T of a clip.
+
+    Shapes:
+        (B*T, ...) to the same.
+
+    Raises:
+        ValueError: drop adds noise, which is no mask; at call time, no whole number of clips.
+
+    Example:
+        >>> import torch
+        >>> from timm.layers import DropPath
+        >>> y = ClipDrop(DropPath(0.5), num_frames=4)(torch.ones(8, 1, 1, 1)).view(2, 4)
+        >>> bool((y == y[:, :1]).all())
+        True
+    """
+
+    def __init__(self, drop: nn.Module, num_frames: int) -> None:
+        super().__init__(num_frames)
+        if getattr(drop, 'with_noise', False):
+            raise ValueError('drop must have with_noise=False to be drawn once a clip, got with_noise=True')
+        self.drop = drop
+        self.training = drop.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_frames = clip_shape(x.shape[0], self.num_frames)[1]
+        if not self.training or num_frames == 1:
+            y: Tensor = self.drop(x)
+            return y
+        clips = unfold(x, self.num_frames)
+        mask = self.drop(torch.ones_like(clips[:, 0]))
+        y = (clips * mask.unsqueeze(1)).flatten(0, 1)
+        return y
+
+    def extra_repr(self) -> str:
+        return f'num_frames={self.num_frames}'
+
+
+def share_drops(module: nn.Module, num_frames: int) -> List[ClipDrop]:
+    """Make all that a module drops be drawn once a clip, in place; what took the place of its drops."""
+    made = []
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and _DROPS.search(type(child).__name__) and not isinstance(parent, ClipDrop):
+                made.append(ClipDrop(child, num_frames))
+                parent._modules[name] = made[-1]
+    return made

@@ -1,0 +1,91 @@
+"""torchvision's residual blocks with the temporal layers: what :func:`cmr_layers.retrofit` makes of those it finds.
+
+Nobody builds these; a block of torchvision's becomes one of them and keeps its parts. They have other names than timm's
+and one ReLU for all places; otherwise see :mod:`.block`.
+"""
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from .block import TemporalBlock
+from .front import front
+
+__all__ = ['CMRBasicBlock', 'CMRBottleneck']
+
+
+class _Block(TemporalBlock):
+    if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
+        conv1: nn.Module
+        bn1: nn.Module
+        conv2: nn.Module
+        bn2: nn.Module
+        conv3: nn.Module
+        bn3: nn.Module
+        relu: nn.Module
+        downsample: Optional[nn.Module]
+
+
+class CMRBasicBlock(_Block, BasicBlock):  # type: ignore[misc]  # torchvision has no types
+    """torchvision's BasicBlock with CME and TIM in front of its residual branch and SME at its end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        if torch.jit.is_scripting():
+            x = self.cme(x)
+            x = self.tim(x)
+            x = self.conv1(x)
+        else:
+            x = front(self.cme, self.tim, self.conv1, x)
+        x = self.bn1(x)
+        x = self.relu(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        if torch.jit.is_scripting():
+            x += shortcut
+            x = self.relu(x)
+            x = self.sme(x)
+        else:
+            x = self._end(self.relu, x, shortcut)
+
+        return x
+
+
+class CMRBottleneck(_Block, Bottleneck):  # type: ignore[misc]
+    """torchvision's Bottleneck with CME and TIM in front of its residual branch and SME at its end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+
+        if torch.jit.is_scripting():
+            x = self.cme(x)
+            x = self.tim(x)
+            x = self.conv1(x)
+        else:
+            x = front(self.cme, self.tim, self.conv1, x)
+        x = self.bn1(x)
+        x = self.relu(x)
+
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.relu(x)
+
+        x = self.conv3(x)
+        x = self.bn3(x)
+
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        if torch.jit.is_scripting():
+            x += shortcut
+            x = self.relu(x)
+            x = self.sme(x)
+        else:
+            x = self._end(self.relu, x, shortcut)
+
+        return x
