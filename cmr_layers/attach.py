@@ -6,13 +6,13 @@ renamed. What runs it is one of two things:
 - **The block's own forward**, where the block is one we know line by line (timm's and torchvision's ResNets): the block
   becomes one of ours, with the same parts. The layers belong to the block, so whatever takes the place of a part of it
   (an adapter, a fused or a quantized convolution) is run with them, and TorchScript, FX and exporters see them.
-- **A hook** of the module they stand at, everywhere else (:mod:`.hooks`). A wrapper module in its place would be seen
-  by more tools, but it renames parameters. Renaming them back in the state dict alone makes two names of one parameter,
-  and functions that take one for the other (``torch.func.functional_call``) then ignore weights without a word. So it
-  is a hook, and a guard that finds out when somebody takes the hook away.
+- **The module they stand at**, everywhere else: a host (:mod:`.hosts`), with a guard that finds out when a tool takes
+  it away. A wrapper module in its place would be seen by more tools, but it renames parameters. Renaming them back in
+  the state dict alone makes two names of one parameter, and functions that take one for the other
+  (``torch.func.functional_call``) then ignore weights without a word.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterator, List, Type
 
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -23,7 +23,7 @@ from . import torchvision_block
 from .block import CMRBasicBlock, CMRBlock
 from .clip import ClipLayer, check_module
 from .drop import ClipDrop, share_drops
-from .hooks import Guard, LayerHook, Place, layer_hooks
+from .hosts import Guard, Host, Place, host, unhost
 
 __all__ = [
     'Insertion', 'Report', 'all_or_nothing', 'attach', 'check_network', 'finish', 'image_network', 'is_adopted',
@@ -142,7 +142,7 @@ def put_in_block(model: nn.Module, name: str, entry: str, layers: Dict[str, Clip
 
 
 def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: str) -> Insertion:
-    """Make layer a child of the module owner_name and hook it before or after the module at."""
+    """Make layer a child of the module owner_name, and the module at run it before or after itself."""
     target, owner = model.get_submodule(at), model.get_submodule(owner_name)
     kind = type(layer).__name__.lower()
     own, n = kind, 1
@@ -157,12 +157,18 @@ def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: 
     if guard is None:
         guard = Guard()
         guard.register(model)
-    last = next(reversed(target._forward_pre_hooks.values()), None)
-    if where == 'before' and isinstance(last, LayerHook) and guard.extend(at, where, name):
-        last.layers += (layer,)  # one hook for both, since a CME and a TIM together take one pass over the frames
+    place = target.place if isinstance(target, Host) else Place(at)
+    others = [other for other in guard.places if other is not place]
+    if isinstance(target, Host) and len(others) == len(guard.places):
+        raise ValueError(
+            f'at={at!r} has layers that were put there through another module than this {type(model).__name__}; pass '
+            f'that one, or restore() it first')
+    if where == 'before':
+        place = replace(place, before=(*place.before, layer), before_names=(*place.before_names, name))
     else:
-        LayerHook((layer,), where).register(target)
-        guard.places.append(Place(at, where, (name,)))
+        place = replace(place, after=(*place.after, layer), after_names=(*place.after_names, name))
+    host(target, place)
+    guard.places = [*others, place]
     return _insertion(layer, name, at, where)
 
 
@@ -224,33 +230,32 @@ def restore(model: nn.Module) -> nn.Module:
     check_module('model', model)
     modules = list(model.modules())
     blocks = [module for module in modules if is_adopted(module) and not isinstance(module, ClipDrop)]
-    hooks = [(module, hook) for module in modules for hook in layer_hooks(module)]
+    hosts = [module for module in modules if isinstance(module, Host)]
     guards = [(module, guard) for module in modules if (guard := Guard.of(module)) is not None]
-    if not (blocks or hooks or guards):
+    if not (blocks or hosts or guards):
         raise ValueError(f'model ({type(model).__name__}) holds nothing that insert() or retrofit() put in')
     # the layers that run, and those that a guard remembers and nothing runs any more
-    guests = {id(layer) for _, hook in hooks for layer in hook.layers}
+    running = {name: layer for host_ in hosts for name, layer in host_.place.layers.items()}
+    outside = [name for name, layer in running.items() if layer not in modules]
+    if outside and not guards:
+        raise ValueError(
+            f'model ({type(model).__name__}) is only a part: {outside[0]} belongs to a module outside of it; pass one '
+            f'that holds both')
+    guests = set(running.values())
     for module, guard in guards:
         names = dict(module.named_modules())
-        guests |= {id(names[name]) for place in guard.places for name in place.names
+        guests |= {names[name] for place in guard.places for name in place.layers
                    if isinstance(names.get(name), ClipLayer)}
-    for module, hook in hooks:
-        for layer in hook.layers:
-            if layer not in modules:
-                raise ValueError(
-                    f'model ({type(model).__name__}) is only a part: the {type(layer).__name__} of its '
-                    f'{type(module).__name__} belongs to a module outside of it; pass one that holds both'
-                )
     with all_or_nothing(model):
+        for host_ in hosts:
+            unhost(host_)
         for block in blocks:
             block.__class__ = next(known for known, ours in _BLOCKS.items() if ours is type(block))
             delattr(block, _ADOPTED)
             for part in ('cme', 'tim', 'sme'):
                 delattr(block, part)
-        for module, hook in hooks:
-            hook.unregister(module)
         for module in modules:
-            for name in [name for name, child in module._modules.items() if id(child) in guests]:
+            for name in [name for name, child in module._modules.items() if child in guests]:
                 delattr(module, name)
         for module, guard in guards:
             guard.unregister(module)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .attach import no_image_network
 from .clip import ClipModule, Consensus, Fold, check_module, set_num_frames
-from .hooks import check_layers
+from .hosts import check_layers
 
 __all__ = ['ClipModel']
 

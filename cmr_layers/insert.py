@@ -32,11 +32,12 @@ def insert(
     network takes frames (B*T, C, H, W) as before; wrap it in :class:`ClipModel` to feed it clips. :func:`restore`
     takes the layers out again.
 
-    The layer hangs on the module by a forward hook: it is copied, saved, traced, compiled and exported with it.
-    TorchScript knows no hooks. What replaces, wraps or fuses the module (an adapter, SyncBatchNorm's conversion,
-    ``fuse_modules``) drops the layer or runs it twice; the network finds that out when it runs and when it is saved,
-    and raises a RuntimeError that names the layer. Do these things first, then insert, then compile; prefer a block, a
-    convolution or an activation to a batch norm. Stochastic depth and DropBlock are drawn once a clip from now on.
+    The module runs the layer from now on, and is copied, saved, traced, compiled and exported with it; its parameters
+    keep their names. What replaces, wraps or fuses it (an adapter, SyncBatchNorm's conversion, ``fuse_modules``) drops
+    the layer or runs it twice; the network finds that out when it runs and when it is saved, and raises a RuntimeError
+    that names the layer. Do these things first, then insert, then compile; prefer a block, a convolution or an
+    activation to a batch norm. TorchScript can't compile such a module, torch.jit.trace can. Stochastic depth and
+    DropBlock are drawn once a clip from now on.
 
     The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2, which halves
     what a trained network sees there. Pass ``gate_init=0.98`` to start a CME with open gates.
@@ -81,18 +82,17 @@ def insert(
     check_choice('where', where, ('before', 'after'))
     check_positive('num_frames', num_frames)
     targets = dict(_resolve(model, name, where) for name in _match(model, at))
-    with _spies(model, targets) as spies:
-        calls = probe(model, targets, example_input)
-    built = []
-    for name, target in targets.items():
-        channels = calls[name].channels(where)
-        made = layer(channels, num_frames=num_frames, **like(target, model), **layer_kwargs)
-        if not isinstance(made, ClipLayer):
-            raise TypeError(f'layer must make a CME, SME or TIM, got {type(made).__name__}')
-        built.append((made, name, where, _owner(model, name, spies)))
-    # nothing is touched before all layers could be made
     with all_or_nothing(model):
-        insertions = [attach(model, *place) for place in built]
+        with _spies(model, targets) as spies:
+            calls = probe(model, targets, example_input)
+        made = []
+        for name, target in targets.items():
+            channels = calls[name].channels(where)
+            made.append(layer(channels, num_frames=num_frames, **like(target, model), **layer_kwargs))
+            if not isinstance(made[-1], ClipLayer):
+                raise TypeError(f'layer must make a CME, SME or TIM, got {type(made[-1]).__name__}')
+        insertions = [
+            attach(model, one, name, where, _owner(model, name, spies)) for one, name in zip(made, targets)]
         finish(model, num_frames)
     return Report(type(model).__name__, num_frames, insertions)
 
@@ -159,7 +159,7 @@ def _spies(model: nn.Module, names: Iterable[str]) -> Iterator[Dict[str, _Spy]]:
         yield spies
     finally:
         for name in spies:
-            del model.get_submodule(name)._modules['_cmr_spy']
+            model.get_submodule(name)._modules.pop('_cmr_spy', None)
 
 
 def _upwards(name: str) -> List[str]:

@@ -43,7 +43,7 @@ def retrofit(
 
     The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves: adapters, fusing,
     quantizing, SyncBatchNorm's conversion, TorchScript and ``torch.fx`` work on them as on any network. Other blocks
-    (Res2Net, ResNeSt, SK, transformers') are held by hooks as in :func:`insert`, with the limits it names. Compile
+    (Res2Net, ResNeSt, SK, transformers') take the layers as in :func:`insert`, with the limits it names. Compile
     after, not before.
 
     What the network computes before it is trained depends on ``start``:
@@ -92,40 +92,39 @@ def retrofit(
     check_choice('start', start, ('identity', 'paper'))
     _check_untouched(model)
     kin, entry, stages = _find_stages(model)
-    blocks = {name: block for stage in stages for name, block in stage}
-    entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
-    if example_input is None:
-        example_input = zero_image(model, (64, 64))  # shows the channels as well as a large one
-    calls = probe(model, {**blocks, **entries}, example_input)
-
-    made: Dict[str, Dict[str, ClipLayer]] = {}
-    for stage in stages:
-        for name, block in stage:
-            at = f'{name}.{entry}'
-            if calls[at].input is None or calls[at].input is not calls[name].input:
-                raise ValueError(
-                    f'model ({type(model).__name__}) is not supported: block {name!r} ({type(block).__name__}) does '
-                    f'not hand its input to {entry!r}, where CME and TIM belong. insert() can put the layers at any '
-                    f'module'
-                )
-            opens_stage = block is stage[0][1]
-            has_cme, has_tim = is_placed('cme', cme, opens_stage), is_placed('tim', tim, opens_stage)
-            kw = {'num_frames': num_frames, **like(block, model)}
-            identity = start == 'identity'
-            layers = made.setdefault(name, {})
-            if has_cme:
-                gate_init = None if not identity else 0.5 if has_tim else 0.98
-                layers['cme'] = CME(
-                    calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
-            if has_tim:
-                init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)
-                layers['tim'] = TIM(calls[name].channels('before'), init=init, gain=gain, **kw)
-            if is_placed('sme', sme, opens_stage):
-                layers['sme'] = SME(calls[name].channels('after'), **kw)
-    if not any(made.values()):
-        raise ValueError(f"nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be 'none'")
-    # nothing is touched before all layers could be made
     with all_or_nothing(model):
+        blocks = {name: block for stage in stages for name, block in stage}
+        entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
+        if example_input is None:
+            example_input = zero_image(model, (64, 64))  # shows the channels as well as a large one
+        calls = probe(model, {**blocks, **entries}, example_input)
+
+        made: Dict[str, Dict[str, ClipLayer]] = {}
+        for stage in stages:
+            for name, block in stage:
+                at = f'{name}.{entry}'
+                if calls[at].input is None or calls[at].input is not calls[name].input:
+                    raise ValueError(
+                        f'model ({type(model).__name__}) is not supported: block {name!r} ({type(block).__name__}) '
+                        f'does not hand its input to {entry!r}, where CME and TIM belong. insert() can put the layers '
+                        f'at any module'
+                    )
+                opens_stage = block is stage[0][1]
+                has_cme, has_tim = is_placed('cme', cme, opens_stage), is_placed('tim', tim, opens_stage)
+                kw = {'num_frames': num_frames, **like(block, model)}
+                identity = start == 'identity'
+                layers = made.setdefault(name, {})
+                if has_cme:
+                    gate_init = None if not identity else 0.5 if has_tim else 0.98
+                    layers['cme'] = CME(
+                        calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
+                if has_tim:
+                    init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)
+                    layers['tim'] = TIM(calls[name].channels('before'), init=init, gain=gain, **kw)
+                if is_placed('sme', sme, opens_stage):
+                    layers['sme'] = SME(calls[name].channels('after'), **kw)
+        if not any(made.values()):
+            raise ValueError(f"nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be 'none'")
         insertions = [
             insertion for name, layers in made.items() for insertion in put_in_block(model, name, entry, layers)]
         finish(model, num_frames)

@@ -30,7 +30,7 @@ from .clip import ClipLayer, ClipModule
 from .clip_model import ClipModel
 from .cme import CME
 from .drop import ClipDrop
-from .hooks import Guard, check_layers
+from .hosts import Guard, check_layers
 from .probe import like
 from .sme import SME
 from .tim import TIM
@@ -115,7 +115,7 @@ def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module
     try:
         config = json.loads((path / _CONFIG).read_text())
         digest = config['sha256']
-        assert {'network', 'timm', 'blocks', 'hooks', 'num_frames', 'clip_model'} <= config.keys()
+        assert {'network', 'timm', 'blocks', 'hosts', 'num_frames', 'clip_model'} <= config.keys()
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f'folder={os.fspath(folder)!r} has a {_CONFIG} that save_model() did not write') from error
@@ -127,7 +127,7 @@ def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module
         check_network(model)
         if type(model).__name__ != config['network']:
             raise ValueError(f'model must be a {config["network"]}, as was saved, got a {type(model).__name__}')
-        if any(isinstance(module, ClipModule) for module in model.modules()) and (config['blocks'] or config['hooks']):
+        if any(isinstance(module, ClipModule) for module in model.modules()) and (config['blocks'] or config['hosts']):
             raise ValueError(f'model ({type(model).__name__}) has temporal layers already; wanted one without')
         network = model
         with all_or_nothing(network):
@@ -154,21 +154,19 @@ def _describe(network: nn.Module) -> Config:
             part: _layer_config(f'{names[module]}.{part}', layer) for part in ('cme', 'tim', 'sme')
             if isinstance(layer := getattr(module, part), ClipLayer)}}
         for module in network.modules() if is_adopted(module) and not isinstance(module, ClipDrop)]
-    hooks = []
-    for module in network.modules():
-        guard = Guard.of(module)
-        if guard is not None:
-            hooks.append({'root': names[module], 'places': [
-                {'at': place.at, 'where': place.where,
-                 'layers': {name: _layer_config(name, module.get_submodule(name)) for name in place.names}}
-                for place in guard.places]})
+    hosts = [
+        {'root': names[module], 'at': place.at, 'where': where, 'name': name, 'layer': _layer_config(name, layer)}
+        for module in network.modules() if (guard := Guard.of(module)) is not None for place in guard.places
+        for where, guests in (('before', zip(place.before_names, place.before)),
+                              ('after', zip(place.after_names, place.after)))
+        for name, layer in guests]
     frames = {module.num_frames for module in network.modules() if isinstance(module, ClipModule)}
     if len(frames) > 1:
         raise ValueError(f'model ({type(network).__name__}) has layers of different num_frames: {sorted(frames)}')
     return {
         'architecture': no_image_network({'architecture': type(network).__name__})['architecture'],  # for timm's loader
         'cmr_layers': __version__, 'network': type(network).__name__, 'timm': _timm_config(network),
-        'blocks': blocks, 'hooks': hooks, 'num_frames': frames.pop() if frames else None}
+        'blocks': blocks, 'hosts': hosts, 'num_frames': frames.pop() if frames else None}
 
 
 def _timm_config(network: nn.Module) -> Optional[Config]:
@@ -224,16 +222,14 @@ def _put_in(network: nn.Module, config: Config) -> None:
         module = _submodule(network, block['name'])
         put_in_block(network, block['name'], block['entry'], {
             part: make(settings, module) for part, settings in block['layers'].items()})
-    for root in config['hooks']:
-        host = _submodule(network, root['root'])
-        for place in root['places']:
-            for name, settings in place['layers'].items():
-                target = _submodule(host, place['at'])
-                _submodule(host, name.rpartition('.')[0])
-                made = attach(host, make(settings, target), place['at'], place['where'], name.rpartition('.')[0])
-                if made.name != name:
-                    raise ValueError(f'model ({type(network).__name__}) must have no {name!r} yet, as the saved one')
-    if config['blocks'] or config['hooks']:
+    for row in config['hosts']:
+        root, owner = _submodule(network, row['root']), row['name'].rpartition('.')[0]
+        layer = make(row['layer'], _submodule(root, row['at']))
+        _submodule(root, owner)
+        made = attach(root, layer, row['at'], row['where'], owner)
+        if made.name != row['name']:
+            raise ValueError(f'model ({type(network).__name__}) must have no {row["name"]!r} yet, as the saved one')
+    if config['blocks'] or config['hosts']:
         finish(network, config['num_frames'])
 
 

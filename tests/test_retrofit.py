@@ -747,11 +747,11 @@ def test_error_restore_of_a_copied_part_leaves_the_network_alone():
     assert torch.equal(model(x), want)
 
 
-def test_error_restore_of_a_hooked_part_leaves_the_network_alone():
+def test_error_restore_of_a_part_that_runs_layers_leaves_the_network_alone():
     model, x = randomize(timm.create_model('res2net50_14w_8s', num_classes=5)).eval(), images(T, 3, 32, 32)
     retrofit(model, num_frames=T)
     want = model(x)
-    with pytest.raises(ValueError, match=r'^model \(Conv2d\) is only a part: the CME of its Conv2d belongs to'):
+    with pytest.raises(ValueError, match=r'^model \(Conv2d\) is only a part: layer1\.0\.cme belongs to a'):
         restore(model.layer1[0].conv1)
     assert torch.equal(model(x), want)
 
