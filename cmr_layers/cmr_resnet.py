@@ -21,7 +21,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
-from .clip import Consensus, Fold, check_choice, set_num_frames, temporal_keys
+from .clip import ClipLayer, Consensus, Fold, check_choice, set_num_frames, temporal_keys
 from .deploy import Stem, StemNorm
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
@@ -145,6 +145,18 @@ class CMRResNet(ResNet):
     def record_num_frames(self, num_frames: int) -> None:
         """Record the clip length for ``save_for_hf``."""
         self._model_args = dict(getattr(self, '_model_args', {}), num_frames=int(num_frames))
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """timm's start of the image network, and of the temporal layers what their docstrings say.
+
+        Args:
+            zero_init_last: Start the last batch norm of each residual branch at zero. SME is the identity either way.
+        """
+        super().init_weights(zero_init_last)
+        for module in self.modules():
+            if isinstance(module, ClipLayer) and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # type: ignore[operator]
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[
             List[Tensor], Tuple[Tensor, List[Tensor]]]:

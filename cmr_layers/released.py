@@ -12,14 +12,16 @@ Its SME follows the paper, with a bias in the convolution; its TIM is the depthw
 checkpoint trained with that code only means something with this arithmetic. Everything else of the package is the
 paper's.
 """
+import math
 import os
 import pickle
 import re
 from functools import partial
-from typing import Any, Dict, Mapping, Tuple, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_module
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -29,13 +31,43 @@ from . import block, sme
 from .clip import ClipLayer, check_positive
 from .cmr_resnet import CMRResNet
 from .deploy import fold_norms
+from .front import is_bare
 
 __all__ = ['CME', 'CMRBlock', 'ReleasedCMRResNet', 'load_released_checkpoint']
 
 
+class Projection(nn.Module):
+    """A 1x1 convolution without bias, which starts with PyTorch's default: uniform in +-1/sqrt(in_channels).
+
+    It is no ``nn.Conv2d``, since timm starts each of those anew in a network, whoever owns it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as described in the class docstring."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+    def as_conv(self) -> nn.Conv2d:
+        """The ``nn.Conv2d`` with this weight."""
+        out_channels, in_channels = self.weight.shape[:2]
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device='meta')
+        conv.weight = self.weight
+        return conv.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f'{self.weight.shape[1]}, {self.weight.shape[0]}'
+
+
 def _projection(in_channels: int, out_channels: int, **dd: Any) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, bias=False, **dd), nn.BatchNorm2d(out_channels, **dd), nn.ReLU())
+        Projection(in_channels, out_channels, **dd), nn.BatchNorm2d(out_channels, **dd), nn.ReLU())
 
 
 def _fuse(z: Tensor, k: Tensor) -> Tensor:
@@ -57,6 +89,9 @@ def _fuse_wide(z: Tensor, k: Tensor) -> Tensor:
 @register_notrace_module
 class CME(ClipLayer):
     """Channel-wise motion enhancement as released, see the five differences above.
+
+    As there, the projections start with PyTorch's default for a convolution, uniform in +-1/sqrt(fan_in), in a
+    network, too, and the batch norms with weight 1 and bias 0.
 
     Args:
         channels: Channels C of the input.
@@ -93,6 +128,12 @@ class CME(ClipLayer):
         self.w2 = _projection(channels, channels // reduction, **dd)
         self.w3 = _projection(channels // reduction, channels, **dd)
 
+    def reset_parameters(self) -> None:
+        """Start as described in the class docstring."""
+        for projection in (self.w1, self.w2, self.w3):
+            for layer in projection[:2]:
+                layer.reset_parameters()  # type: ignore[operator]
+
     def gate(self, x: Tensor) -> Tensor:
         """Gates a in [0.5, 1): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C)."""
         return self._gate(self._clips(x))
@@ -108,7 +149,12 @@ class CME(ClipLayer):
     def forward_clips(self, x: Tensor) -> Tensor:
         return x * self._gate(x).to(x.dtype)[:, :, :, None, None]
 
-    fuse = fold_norms  # for timm's reparameterize_model
+    def fuse(self) -> nn.Module:
+        """Fold the batch norms, for timm's ``reparameterize_model``."""
+        for projection in (self.w1, self.w2, self.w3):
+            if isinstance(projection[0], Projection) and is_bare(projection[0]):
+                projection[0] = projection[0].as_conv()
+        return fold_norms(self)
 
 
 class CMRBlock(block.CMRBlock):
@@ -119,6 +165,8 @@ class CMRBlock(block.CMRBlock):
 
 class ReleasedCMRResNet(CMRResNet):
     """The network as released: CMR blocks of this file, in the deep networks only every other one of a stage.
+
+    The classifier starts as there, normal with a standard deviation of 0.001, its bias zero.
 
     Args:
         layers: Blocks of each stage. With 23 or more in the third, TIM and CME go into the blocks 0, 2, 4, ... of
@@ -133,6 +181,23 @@ class ReleasedCMRResNet(CMRResNet):
                 for i, plain in stage.named_children():  # type: ignore[union-attr]
                     if int(i) % 2:
                         plain.cme = plain.tim = nn.Identity()
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """As the family's, and the classifier as described in the class docstring."""
+        super().init_weights(zero_init_last)
+        self._start_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """As timm's; the new classifier starts as described in the class docstring."""
+        super().reset_classifier(num_classes, global_pool)
+        self._start_classifier()
+
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def _start_classifier(self) -> None:
+        if isinstance(self.fc, nn.Linear):
+            nn.init.normal_(self.fc.weight, std=.001)
+            nn.init.zeros_(self.fc.bias)
 
 
 _LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
