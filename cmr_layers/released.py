@@ -253,8 +253,9 @@ def _check_pretrained(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[s
     cfg: Any = model.pretrained_cfg
     if not temporal_keys(model) & renamed.keys() and 'fc.weight' in renamed:
         if renamed['fc.weight'].shape[:1] not in ((cfg['num_classes'],), (model.num_classes,)):
-            kept = {key: value for key, value in renamed.items() if not key.startswith('fc.')}
-            renamed = {**kept, **{key: value for key, value in own.items() if key.startswith('fc.')}}
+            renamed = {key: value for key, value in renamed.items() if key not in ('fc.weight', 'fc.bias')}
+            if model.num_classes == cfg['num_classes']:  # where timm wants a classifier
+                renamed.update({key: value for key, value in own.items() if key in ('fc.weight', 'fc.bias')})
     renamed = check_pretrained(renamed, model)
     checkpoint.check_values(renamed)
     return renamed

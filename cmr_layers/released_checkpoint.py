@@ -42,12 +42,13 @@ _OTHER_FILES = (
 )
 
 
-def _number(dtype: Any, data: Any) -> Any:
+def _number(dtype: Any, data: Any = None) -> Any:
     """What ``numpy.core.multiarray.scalar`` does, of numbers alone: that function makes objects, too."""
     import numpy
-    if not isinstance(dtype, numpy.dtype) or dtype.kind not in 'fi' or not isinstance(data, bytes):
-        raise pickle.UnpicklingError(f'only numbers are allowed of numpy, got {dtype!r}')
-    return numpy.frombuffer(data, dtype, count=1)[0]
+    if isinstance(dtype, numpy.dtype) and dtype.kind in 'fi' and isinstance(data, bytes):
+        if len(data) == dtype.itemsize:
+            return numpy.frombuffer(data, dtype)[0]
+    raise pickle.UnpicklingError(f'only numbers are allowed of numpy, got {dtype!r} of {data!r:.99}')
 
 
 def numpy_numbers() -> List[Any]:
