@@ -273,8 +273,8 @@ default_cfgs = generate_default_cfgs({
 def _create(depth: int, pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
     if pretrained:  # a file is for load_pretrained()
         kwargs['pretrained_cfg_overlay'] = {'custom_load': True, **(kwargs.get('pretrained_cfg_overlay') or {})}
-    if kwargs.get('features_only'):
-        kwargs['num_classes'] = 0  # timm keeps from load_pretrained() that the classifier isn't wanted
+        if kwargs.get('features_only'):
+            kwargs['num_classes'] = 0  # timm doesn't tell load_pretrained() that no classifier is wanted
     model: ReleasedCMRResNet = build_model_with_cfg(
         ReleasedCMRResNet, f'released_cmr_resnet{depth}', pretrained, layers=_LAYERS[depth],
         pretrained_filter_fn=_check_pretrained, **kwargs)
