@@ -36,7 +36,8 @@ _INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
 # How files start that are taken for a checkpoint, and what to do about them.
 _OTHER_FILES = (
-    (rb'(?i)(\xef\xbb\xbf)?\s*<(!doctype|!--|\?xml|html|head|body)', 'it is a web page, as a failed download leaves one; download the checkpoint again'),
+    (rb'(?i)(\xef\xbb\xbf)?\s*<(!doctype|!--|\?xml|html|head|body)',
+     'it is a web page, as a failed download leaves one; download the checkpoint again'),
     (rb'\x1f\x8b', 'it is compressed; unpack it, and pass the checkpoint that is in it'),
     (rb'(?s).{257}ustar', 'it is a tar archive; unpack it, and pass the checkpoint that is in it'),
 )

@@ -371,6 +371,8 @@ FORBIDDEN = {
     'array': lambda mark: numpy.zeros(3),
     'complex number': lambda mark: numpy.complex128(1),
     'object number': lambda mark: Runs(SCALAR, (numpy.dtype('O'), 'x')),
+    'bare complex number': lambda mark: Runs(SCALAR, (Runs(numpy.dtype, ('c16',)), bytes(16))),
+    'bare object number': lambda mark: Runs(SCALAR, (Runs(numpy.dtype, ('O',)), 'x')),
     'large void': lambda mark: Runs(SCALAR, (numpy.dtype('V99999999'),)),
     'number without bytes': lambda mark: Runs(SCALAR, (numpy.dtype('f8'),)),
     'number of too few bytes': lambda mark: Runs(SCALAR, (numpy.dtype('f8'), b'x')),
