@@ -5,6 +5,7 @@ the frames at the end. The parameters of the image network keep timm's names.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
@@ -21,7 +22,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
-from .clip import Consensus, Fold, check_choice, set_num_frames, temporal_keys
+from .clip import ClipLayer, Consensus, Fold, check_choice, set_num_frames, temporal_keys
 from .deploy import Stem, StemNorm
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
@@ -70,6 +71,11 @@ class CMRResNet(ResNet):
         (B, T, C, H, W), or (B*T, C, H, W) with the frames of a clip next to each other, to (B, num_classes).
         Of the folded form, fewer frames than one clip are stills, one prediction each. Feature maps
         (``forward_features``, ``forward_intermediates``, ``features_only``) are per frame, (B*T, C, H, W).
+
+    A file of your own, say of 7 classes, arrives whole by ``timm.create_model(name, num_classes=7,
+    checkpoint_path=...)``, or by ``pretrained=True, pretrained_cfg_overlay=dict(file=..., num_classes=7)``, which
+    takes files of an image network, too, and adapts to other ``in_chans``. With another ``num_classes`` for the model
+    than in the overlay, the classifier starts anew.
 
     Raises:
         ValueError: A placement or consensus is none of its choices, num_frames or reduction is no positive int, or
@@ -146,6 +152,18 @@ class CMRResNet(ResNet):
         """Record the clip length for ``save_for_hf``."""
         self._model_args = dict(getattr(self, '_model_args', {}), num_frames=int(num_frames))
 
+    @torch.jit.ignore  # type: ignore[untyped-decorator]
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """timm's start of the image network, and of the temporal layers what their docstrings say.
+
+        Args:
+            zero_init_last: Start the last batch norm of each residual branch at zero. SME is the identity either way.
+        """
+        super().init_weights(zero_init_last)
+        for module in self.modules():
+            if isinstance(module, ClipLayer) and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # type: ignore[operator]
+
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[
             List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """As timm's, of the clip's frames: maps are (B*T, C, H, W)."""
@@ -181,16 +199,33 @@ class CMRResNet(ResNet):
         return x if self.average_features else self.consensus(x)
 
 
-def _check_pretrained(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
+def check_pretrained(state_dict: Dict[str, Tensor], model: nn.Module, features_only: bool = False) -> Dict[str, Tensor]:
     """Complete an image network's weights with the temporal layers' start; refuse anything else that differs.
 
     timm loads loosely as soon as num_classes differs from the checkpoint's, and would then keep random weights where
-    a file is wrong. The classifier is left to timm, which drops or loads it.
+    a file is wrong. What the checkpoint's num_classes is, timm takes from ``pretrained_cfg``, without a look at the
+    file, and leaves out the classifier if that differs from the model's. Where ``pretrained_cfg`` is right about the
+    file, the classifier is left to timm.
+
+    Raises:
+        ValueError: The classifier in the file has another number of classes than ``pretrained_cfg`` says.
+        RuntimeError: The keys differ.
     """
     own = model.state_dict()
     temporal = temporal_keys(model)
+    cfg: Any = model.pretrained_cfg
+    rows = getattr(state_dict.get('fc.weight'), 'shape', ())[:1]
+    said = cfg.get('num_classes')
+    if model.num_classes and not features_only and rows and said is not None:
+        if rows[0] != said + cfg.get('label_offset', 0):
+            raise ValueError(
+                f'the classifier in the file has {rows[0]} classes, but pretrained_cfg says num_classes={said}, by '
+                f'which timm decides whether it fits a model of num_classes={model.num_classes}: add '
+                f'num_classes={rows[0]} to pretrained_cfg_overlay (to keep the classifier, num_classes={rows[0]} '
+                f'is the argument of the model, too)'
+            )
     # old checkpoints have no such counters, and torch does without
-    ignored = {key for key in {*own, *state_dict} if key.startswith('fc.') or key.endswith('.num_batches_tracked')}
+    ignored = {key for key in {*own, *state_dict} if key.endswith('.num_batches_tracked')} | {'fc.weight', 'fc.bias'}
     missing = own.keys() - state_dict.keys() - ignored
     unexpected = state_dict.keys() - own.keys() - ignored
     if missing >= temporal - ignored:
@@ -205,8 +240,8 @@ def _check_pretrained(state_dict: Dict[str, Tensor], model: nn.Module) -> Dict[s
 
 
 def _create_cmr_resnet(variant: str, pretrained: bool = False, **kwargs: Any) -> CMRResNet:
-    model: CMRResNet = build_model_with_cfg(
-        CMRResNet, variant, pretrained, pretrained_filter_fn=_check_pretrained, **kwargs)
+    filter_fn = partial(check_pretrained, features_only=bool(kwargs.get('features_only')))
+    model: CMRResNet = build_model_with_cfg(CMRResNet, variant, pretrained, pretrained_filter_fn=filter_fn, **kwargs)
     return model
 
 

@@ -2,6 +2,7 @@
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
+import math
 from typing import Any, Optional, Type
 
 import torch
@@ -24,7 +25,8 @@ class SME(ClipLayer):
     moving places only. A dense 1x1 convolution and a batch norm scale that term, and the frame itself is added.
 
     The batch norm starts with weight and bias zero, as in the authors' code, so the layer starts as the identity.
-    The convolution starts as there: normal with variance 2 / C (Kaiming, fan-out).
+    The convolution starts as there: normal with variance 2 / C (Kaiming, fan-out), a bias with PyTorch's default,
+    uniform in +-1/sqrt(C).
 
     Args:
         channels: Channels C of the input.
@@ -66,7 +68,8 @@ class SME(ClipLayer):
         """Start as described in the class docstring."""
         nn.init.kaiming_normal_(self.conv.weight, mode='fan_out', nonlinearity='relu')
         if self.conv.bias is not None:
-            nn.init.zeros_(self.conv.bias)
+            bound = 1 / math.sqrt(self.channels)
+            nn.init.uniform_(self.conv.bias, -bound, bound)
         if hasattr(self.bn, 'reset_parameters'):
             self.bn.reset_parameters()  # type: ignore[operator]
         self.zero_init_last()

@@ -529,6 +529,105 @@ def test_error_weights_without_their_classifier(weights):
 
 # Files
 
+@pytest.fixture(scope='module')
+def seven(tmp_path_factory):
+    """A fine-tuned network of 7 classes, and its file as a training script saves it."""
+    torch.manual_seed(0)
+    model, file = small(num_classes=7), str(tmp_path_factory.mktemp('seven') / 'best.pth')
+    torch.save({'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()}}, file)
+    return model, file
+
+
+def from_file(file, **kwargs):
+    overlay = {'file': file, **kwargs.pop('overlay', {})}
+    return timm.create_model(
+        'cmr_resnet18', pretrained=True, pretrained_cfg_overlay=overlay,
+        **{'num_frames': T, **SMALL['resnet18'], **kwargs}).eval()
+
+
+def arrived(model, source):
+    theirs = source.state_dict()
+    return {key for key, v in model.state_dict().items() if key in theirs and torch.equal(v, theirs[key])}
+
+
+def test_a_fine_tuned_file_arrives_whole_in_the_documented_ways(seven):
+    source, file = seven
+    x = clips()
+    for model in (
+            timm.create_model('cmr_resnet18', num_classes=7, num_frames=T, checkpoint_path=file, **SMALL['resnet18']),
+            from_file(file, num_classes=7, overlay={'num_classes': 7}),
+            from_file(file, overlay={'num_classes': 7})):
+        assert arrived(model, source) == set(source.state_dict())
+        assert torch.equal(model.eval()(x), source(x))
+
+
+@pytest.mark.parametrize('num_classes', [7, 5, 1000, None])
+def test_error_a_fine_tuned_files_classes_are_not_said(seven, num_classes):
+    message = (
+        r'^the classifier in the file has 7 classes, but pretrained_cfg says num_classes=1000, .* a model of '
+        rf'num_classes={num_classes or 1000}: add num_classes=7 to pretrained_cfg_overlay')
+    for overlay in ({}, {'file': None, 'state_dict': seven[0].state_dict()}):
+        with pytest.raises(ValueError, match=message):
+            from_file(seven[1], num_classes=num_classes, overlay=overlay)
+
+
+def test_a_fine_tuned_file_starts_another_task(seven):
+    source, file = seven
+    head = {'fc.weight', 'fc.bias'}
+    assert arrived(from_file(file, num_classes=5, overlay={'num_classes': 7}), source) == set(
+        source.state_dict()) - head
+    # where no classifier is wanted, nothing has to be said about the file's
+    assert arrived(from_file(file, num_classes=0), source) == set(source.state_dict()) - head
+    extractor = from_file(file, features_only=True)
+    assert torch.equal(extractor.layer4[1].bn2.bias, source.layer4[1].bn2.bias)
+
+
+def test_a_background_class_is_left_out(weights):
+    overlay = {'state_dict': dict(weights), 'num_classes': 999, 'label_offset': 1}
+    model = timm.create_model(
+        'cmr_resnet18', pretrained=True, num_classes=999, pretrained_cfg_overlay=overlay, **SMALL['resnet18'])
+    assert torch.equal(model.fc.weight, weights['fc.weight'][1:])
+
+
+@pytest.mark.parametrize('extra', ['fc.0.weight', 'fc.parametrizations.weight.original0', 'head.weight'])
+def test_error_another_kind_of_classifier(weights, extra):
+    other = {key: v for key, v in weights.items() if not key.startswith('fc.')}
+    for num_classes in (5, 0, 1000):
+        with pytest.raises(RuntimeError, match=f'Unexpected keys: .*{re.escape(extra)}'):
+            from_weights({**other, extra: torch.zeros(5)}, num_classes=num_classes)
+
+
+@pytest.mark.parametrize('in_chans, theirs', [(3, 1), (1, 3), (4, 3), (2, 2)])
+def test_a_file_of_other_channels_is_adapted_or_refused(in_chans, theirs, tmp_path):
+    source = small(num_classes=7, in_chans=theirs)
+    torch.save(source.state_dict(), tmp_path / 'a.pth')
+    call = {'num_classes': 7, 'in_chans': in_chans, 'overlay': {'num_classes': 7}}
+    if (in_chans, theirs) == (3, 1):
+        with pytest.raises(RuntimeError, match='conv1'):
+            from_file(str(tmp_path / 'a.pth'), **call)
+        call['overlay']['input_size'] = (1, 224, 224)
+    model = from_file(str(tmp_path / 'a.pth'), **call)
+    same = arrived(model, source)
+    assert same >= set(source.state_dict()) - {'conv1.weight'}
+    assert ('conv1.weight' in same) == (in_chans == theirs)
+    if in_chans == 3:  # one channel becomes three that add up to it
+        torch.testing.assert_close(model.conv1.weight.sum(1), source.conv1.weight.sum(1))
+
+
+@pytest.mark.parametrize('change, error', [
+    (lambda sd: {k: v for k, v in sd.items() if not k.startswith('fc.')}, 'Missing key'),
+    (lambda sd: {k: v for k, v in sd.items() if '.tim.' not in k}, 'Missing key'),
+    (lambda sd: {**sd, 'head.weight': torch.zeros(1)}, 'Unexpected key'),
+    (lambda sd: {**sd, 'fc.weight': torch.zeros(5, 16), 'fc.bias': torch.zeros(5)}, 'size mismatch for fc.weight'),
+    (lambda sd: {**sd, 'conv1.weight': torch.zeros(64, 1, 7, 7)}, 'size mismatch for conv1.weight'),
+], ids=['headless', 'without TIM', 'unexpected', 'other classes', 'other channels'])
+def test_error_checkpoint_path_does_not_fit(seven, change, error, tmp_path):
+    torch.save(change(seven[0].state_dict()), tmp_path / 'a.pth')
+    with pytest.raises(RuntimeError, match=error):
+        timm.create_model('cmr_resnet18', num_classes=7, num_frames=T, checkpoint_path=str(tmp_path / 'a.pth'),
+            **SMALL['resnet18'])
+
+
 @pytest.mark.parametrize('safe', [True, False])
 @pytest.mark.parametrize('changed', [None, 6])
 def test_save_for_hf_round_trip(tmp_path, safe, changed):
