@@ -1,6 +1,8 @@
 """The package as it is shipped: what the wheel holds, and that the core needs torch, einops and timm alone."""
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -19,6 +21,39 @@ def wheel(tmp_path_factory):
                    stdout=subprocess.DEVNULL)
     [path] = out.glob('*.whl')
     return path
+
+
+@pytest.fixture(scope='module')
+def sdist(tmp_path_factory):
+    """The unpacked sdist."""
+    out = tmp_path_factory.mktemp('sdist')
+    subprocess.run([sys.executable, '-m', 'build', '--sdist', '--outdir', str(out), str(ROOT)], check=True,
+                   stdout=subprocess.DEVNULL)
+    [path] = out.glob('*.tar.gz')
+    with tarfile.open(path) as archive:
+        archive.extractall(out, filter='data')
+    return out / f'cmr_layers-{cmr_layers.__version__}'
+
+
+def test_sdist_holds_what_the_readmes_commands_need(sdist):
+    ours = {path.relative_to(ROOT).as_posix() for folder in (
+        'cmr_layers', 'benchmarks', 'tests', 'examples', 'docs', '.ci') for path in (ROOT / folder).rglob('*')
+        if path.is_file() and '__pycache__' not in path.parts}
+    ours |= {path.name for path in ROOT.iterdir() if path.is_file() and not path.name.startswith('quickstart')}
+    packed = {path.relative_to(sdist).as_posix() for path in sdist.rglob('*') if path.is_file()}
+    assert ours - packed == set() and packed - ours <= {'PKG-INFO'}
+    assert {'tests/helpers.py', 'tests/conftest.py', 'tests/loops.py', 'tests/interpreter.py'} <= packed
+
+
+def test_sdists_own_tests_run(sdist):
+    # all of them are collected, and some run: those that need files beside the package
+    run = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '--collect-only'], cwd=sdist, capture_output=True, text=True)
+    assert run.returncode == 0 and int(re.search(r'(\d+) tests collected', run.stdout).group(1)) > 3000, run.stdout
+    run = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', 'tests/test_readme.py', 'tests/test_sme.py', '-k', 'not step'],
+        cwd=sdist, capture_output=True, text=True)
+    assert run.returncode == 0 and re.search(r'\d+ passed', run.stdout), run.stdout
 
 
 def test_wheel_holds_the_package_its_types_and_its_licence(wheel):
