@@ -118,7 +118,7 @@ def unhost(module: Host) -> None:
         raise ValueError(
             f'{module.place.at} must be a {kind.__name__} that runs {", ".join(module.place.layers)} to be restored, '
             f'got a {type(module).__name__}: undo first what changed its class since (parametrize, fully_shard)')
-    del module.place
+    vars(module).pop('place', None)  # what an adapter made of the class has none
     module.__class__ = kind  # type: ignore[assignment]
 
 

@@ -10,6 +10,7 @@ import pickle
 import sys
 import weakref
 
+import peft
 import pytest
 import timm
 import torch
@@ -19,6 +20,8 @@ from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.fx.experimental.optimization import fuse
 from torch.nn.utils import parametrizations, parametrize
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
 from cmr_layers import CME, SME, TIM, ClipModel, insert, restore, retrofit
 from cmr_layers.attach import all_or_nothing
@@ -97,35 +100,33 @@ def test_another_convolution_in_a_retrofit_sees_what_the_layers_give(retrofitted
     assert not near(retrofitted(x), want, .01)
 
 
-class Adapter(nn.Module):
-    """A low-rank adapter as peft's: what is added sees the adapted module's input, and can be merged into a weight."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-        self.down = nn.Conv2d(base.in_channels, 2, base.kernel_size, base.stride, base.padding, bias=False)
-        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.up(self.down(x))
-
-    def merge(self):
-        self.base_layer.weight.data += torch.einsum('om,mihw->oihw', self.up.weight[:, :, 0, 0], self.down.weight)
-        return self.base_layer
+def lora(model):
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=r'.*\.conv1', r=2))
+    for name, p in adapted.named_parameters():
+        if 'lora_' in name:
+            nn.init.normal_(p, std=.1)
+    return adapted.eval()
 
 
-def test_adapters_of_a_retrofit_merge(retrofitted):
+def test_adapters_of_a_retrofit_see_what_their_convolution_sees(retrofitted):
     x = images()
     want = retrofitted(x)
-    for name in blocks(retrofitted):
-        block = retrofitted.get_submodule(name)
-        block.conv1 = Adapter(block.conv1)
-    adapted = retrofitted(x)
-    assert not near(adapted, want, .01)
-    for name in blocks(retrofitted):
-        block = retrofitted.get_submodule(name)
-        block.conv1 = block.conv1.merge()
-    assert near(retrofitted(x), adapted)
+    adapted = lora(retrofitted)
+    got = adapted(x)
+    assert not near(got, want, .01)
+    assert near(adapted.merge_and_unload()(x), got)
+
+
+def test_a_retrofit_is_quantized():
+    # torchvision's, which uses one ReLU for all, torchao refuses without layers, too
+    model, x = resnet(), images()
+    retrofit(model, num_frames=T)
+    randomize(model).eval()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(torch.export.export(model, (x,)).module(), quantizer)
+    assert sum(node.op == 'call_module' for node in prepared.graph.nodes) > 40  # observers
+    prepared(x)
+    assert near(convert_pt2e(prepared)(x), model(x), .2)
 
 
 def test_batch_norms_of_a_retrofit_synchronize(retrofitted):
@@ -148,13 +149,12 @@ def test_fx_fuses_a_retrofit(retrofitted):
 @pytest.mark.parametrize('change', [
     lambda model: torch.ao.quantization.fuse_modules(model, [[f'{n}.conv1', f'{n}.bn1'] for n in blocks(model)]),
     lambda model: nn.SyncBatchNorm.convert_sync_batchnorm(model),
-    lambda model: setattr(model.layer1[0], 'conv1', Adapter(model.layer1[0].conv1)) or model],
-    ids=['fuse', 'sync', 'adapt'])
+    lambda model: lora(model).base_model.model], ids=['fuse', 'sync', 'lora'])
 def test_a_changed_retrofit_can_be_restored(retrofitted, change):
     changed = restore(change(retrofitted))
     assert not any(isinstance(module, ClipLayer) for module in changed.modules())
     assert {type(module).__module__.split('.')[0] for module in changed.modules()} <= {
-        'torch', 'timm', 'torchvision', 'test_hosts'}
+        'torch', 'timm', 'torchvision', 'peft'}
     assert changed.eval()(images()).shape == (2 * T, 5)
 
 
@@ -197,8 +197,7 @@ def fold_alone(model):
 
 
 def adapt(model):
-    model.layer2[0].conv1 = Adapter(model.layer2[0].conv1)
-    return model
+    return lora(model).base_model.model
 
 
 def drop_the_layer(model):
