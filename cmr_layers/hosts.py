@@ -8,9 +8,8 @@ same classes may be used again; it then leaves the layers out without a word. A 
 What replaces, wraps, copies or fuses a host takes its layers along, drops them or doubles them, and no such tool says
 so. So the network remembers its hosts, and refuses to run or to be saved when one of them is not at its place.
 """
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
+from typing import Any, Dict, List, Optional, Tuple, Type
 
 import torch
 from torch import fx, nn
@@ -70,6 +69,9 @@ class Host(nn.Module):
                 f"or take features with timm's forward_intermediates()"
             ) from error
         return run(place.after, y) if place.after else y
+
+    def __copy__(self) -> nn.Module:
+        raise TypeError(f'{self.place.at} runs layers, and a shallow copy would run the same ones again: use deepcopy')
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         get_state: Any = getattr(self, '__getstate__', lambda: vars(self))  # Python 3.10 has none
@@ -164,16 +166,9 @@ class Guard:
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, model: nn.Module) -> None:
         """Raise a RuntimeError if a layer is not run exactly once, at its place."""
-        hosts: Dict[nn.Module, List[nn.Module]] = defaultdict(list)  # of each layer
-        for module in model.modules():
-            if isinstance(module, Host):
-                for layer in module.place.layers.values():
-                    hosts[layer].append(module)
         for place in self.places:
             found, layers = _find(model, place.at), place.layers
-            # The place is the same object: a copy of the host alone, as fusing makes one, is not that of the network.
-            held = [part for part in _unwrapped(found) if isinstance(part, Host) and part.place is place]
-            if held and all(hosts[layer] == held and _find(model, name) is layer for name, layer in layers.items()):
+            if _runs(found, place) and all(_find(model, name) is layer for name, layer in layers.items()):
                 continue
             raise RuntimeError(
                 f'{" and ".join(layers)} of the {type(model).__name__} must run once, at {place.at}, and that is '
@@ -195,16 +190,25 @@ def check_layers(model: nn.Module) -> None:
             guard.check(module)
 
 
-def _unwrapped(module: Optional[nn.Module]) -> Iterator[nn.Module]:
-    """A module, and what is in it if it only wraps another one."""
-    while module is not None:
-        yield module
-        module = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+def _content(module: nn.Module) -> Optional[nn.Module]:
+    """What is in a module that only wraps another one; None if it is no wrapper."""
+    return next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
 
 
 def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
     """The module of a name, through wrappers; None if there is none."""
     found: Optional[nn.Module] = model
     for part in name.split('.'):
-        found = next((m._modules[part] for m in _unwrapped(found) if part in m._modules), None)
+        while found is not None and part not in found._modules:
+            found = _content(found)
+        if found is not None:
+            found = found._modules[part]
     return found
+
+
+def _runs(module: Optional[nn.Module], place: Place) -> bool:
+    """Whether a module, or what it wraps, is the host of a place."""
+    while module is not None and not isinstance(module, Host):
+        module = _content(module)
+    # The same object: a copy of the host alone, as fusing makes one, is not that of the network.
+    return module is not None and module.place is place

@@ -387,6 +387,11 @@ def test_copies_of_a_network_are_whole(how):
     assert not any(isinstance(module, Host) for module in restore(twin).modules())
 
 
+def test_error_a_shallow_copy_would_share_the_layers():
+    with pytest.raises(TypeError, match=r'^layer2\.0\.conv1 runs layers, and a shallow copy would run the same ones'):
+        copy.copy(put('layer2.0.conv1').layer2[0].conv1)
+
+
 def test_error_a_forward_that_was_replaced():
     model = resnet()
     model.layer1[0].conv1.forward = model.layer1[0].conv2.forward
