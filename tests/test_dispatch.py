@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, CMRBlock, ops, released, retrofit
-from cmr_layers.ops import dispatch, explain, use_path
+from cmr_layers.ops import dispatch, explain, state, use_path
 
 LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
 
@@ -355,10 +355,10 @@ def test_error_explain_wants_a_module_that_is_not_compiled():
 def test_explaining_leaves_no_trace():
     layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
     explain(layer, x)
-    assert dispatch._log is None
+    assert state.log is None
     with pytest.raises(ValueError):
         explain(layer, torch.randn(6, 8, 3, 2))
-    assert dispatch._log is None
+    assert state.log is None
 
 
 def test_ops_exports_the_switch():
