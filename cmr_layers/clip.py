@@ -86,6 +86,13 @@ def _check_frames(x: Tensor, num_frames: int) -> None:
         )
 
 
+def _way_out(x: Any) -> str:
+    """What torch.fx can do instead of tracing the inside of a layer."""
+    return (
+        '; torch.fx takes a layer as a node of the network around it, so trace nn.Sequential(layer)'
+        if isinstance(x, Proxy) else '')
+
+
 class OneNode(nn.Module):
     """A module that every tracer of torch.fx records as a node of its own, and does not look into.
 
@@ -146,7 +153,7 @@ class ClipLayer(ClipModule):
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
-            raise TypeError(f'x must be a tensor, got {type(x)}')
+            raise TypeError(f'x must be a tensor, got {type(x)}{_way_out(x)}')
         if (x.ndim != 4 and x.ndim != 5) or x.shape[-3] != self.channels:
             raise ValueError(
                 f'x must have shape (B*T, {self.channels}, H, W) or (B, {self.num_frames}, {self.channels}, H, W), '
@@ -207,7 +214,7 @@ class Fold(ClipModule):
 
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
-            raise TypeError(f'x must be a tensor, got {type(x)}')
+            raise TypeError(f'x must be a tensor, got {type(x)}{_way_out(x)}')
         if x.ndim == 5:
             # an image has 1 to 4 channels, a clip of as many frames is rare
             if x.shape[1] <= 4 and x.shape[1] != self.num_frames and x.shape[2] == self.num_frames:
