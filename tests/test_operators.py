@@ -9,6 +9,7 @@ from interpreter import DEVICE, interpreted
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmr_layers import CMRBlock
@@ -198,6 +199,32 @@ def test_what_needs_no_gradient_gets_none(form):
         torch.testing.assert_close(got, want)
         assert counter.get_total_flops() > 0
     assert not call('front', arguments('front')).requires_grad
+
+
+class Calls(TorchDispatchMode):
+    """Which operators of ours run, and in which form."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == 'cmr_layers':
+            self.seen.append((func._opname, kwargs['triton']))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_pass_has_the_form_of_its_forward_pass(form):
+    triton = form == 'triton'
+    for name in ('front', 'front_conv', 'motion_conv'):
+        args = arguments(name, grad=True)
+        inputs = [v for v in args if isinstance(v, torch.Tensor)]
+        with Calls() as forward:
+            y = call(name, args).sum()
+        for path in ('auto', 'plain', 'reference'):
+            with use_path(path), Calls() as backward:
+                torch.autograd.grad(y, inputs, retain_graph=True)
+            assert forward.seen == [(name, triton)] and backward.seen == [(f'{name}_backward', triton)]
 
 
 def test_a_second_derivative_is_refused(form):
