@@ -70,11 +70,10 @@ def restrided(x, strides):
 
 def forms(x):
     """x in all kinds of strides."""
-    n, c, h, w = x.shape
     both = torch.empty(x.shape).copy_(x), torch.empty(x.shape, memory_format=torch.channels_last).copy_(x)
     for base, stride in itertools.product(both, (0, 1, 7, 1000)):
         yield restrided(base, stride)
-    yield x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, (h, w))   # tokens
+    yield x.flatten(2).transpose(1, 2).contiguous().transpose(1, 2).unflatten(2, x.shape[2:])   # tokens
     for order in ((1, 0, 2, 3), (3, 2, 1, 0), (0, 1, 3, 2), (2, 3, 0, 1)):
         back = [order.index(i) for i in range(4)]
         yield x.permute(order).contiguous().permute(back)
