@@ -34,8 +34,8 @@ def use_path(path: str) -> Iterator[None]:
     The switch is a context variable: it holds for the thread, or the asyncio task, that is in the block. A thread that
     is started there (a DataLoader's, one of ``nn.DataParallel``'s) starts with the process's default, which the
     environment variable ``CMR_LAYERS_PATH`` sets. A backward pass takes the path of its forward pass, wherever it runs.
-    A forward pass that gradient checkpointing repeats is a call like any other, so start the backward pass within the
-    block, too.
+    A forward pass that gradient checkpointing repeats is a call like any other: start the backward pass within the
+    block, too. For a model on a GPU PyTorch repeats it in a thread of its own, so force that with the variable.
 
     Args:
         path: 'triton', 'plain' or 'reference', or 'auto' for the dispatcher's own choice.

@@ -23,8 +23,8 @@ def checked(path: Any, source: str) -> str:
     return str(path)
 
 
-_DEFAULT = checked(os.environ.get(VARIABLE) or 'auto', VARIABLE)
-_path: ContextVar[Optional[str]] = ContextVar(f'{__name__}.path', default=None)
+_DEFAULT: str = checked(os.environ.get(VARIABLE) or 'auto', VARIABLE)
+_path: ContextVar[str] = ContextVar(f'{__name__}.path', default=_DEFAULT)
 _log: ContextVar[Optional[List[Any]]] = ContextVar(f'{__name__}.log', default=None)
 path: str
 log: Optional[List[Any]]
@@ -32,33 +32,21 @@ log: Optional[List[Any]]
 
 def __getattr__(name: str) -> Any:
     if name == 'path':
-        return _path.get() or _inherited() or _DEFAULT
+        return _path.get()
     if name == 'log':
         return _log.get()
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
-def _inherited() -> Optional[str]:
-    """The path where a backward pass was started, in the threads that autograd runs it in on a GPU.
-
-    They have no context, but what PyTorch itself keeps for a thread, and gradient checkpointing calls layers there.
-    """
-    if torch._C._current_graph_task_id() == -1 or not torch._C._is_key_in_tls(__name__):
-        return None
-    inherited: Optional[str] = torch._C._get_obj_in_tls(__name__)
-    return inherited
-
-
-def set_path(path: Optional[str]) -> Optional[str]:
-    """Force a path in this context; None lifts that. What was forced before."""
+def set_path(path: str) -> str:
+    """Force a path in this context, and return what was forced before."""
     before = _path.get()
     _path.set(path)
-    torch._C._stash_obj_in_tls(__name__, path)
     return before
 
 
 def set_log(log: Optional[List[Any]]) -> Optional[List[Any]]:
-    """Record decisions in this context; None ends that. What was recorded to before."""
+    """Record decisions in this context, None for not, and return what they were recorded in before."""
     before = _log.get()
     _log.set(log)
     return before
