@@ -8,10 +8,11 @@ import operator
 from typing import Any, Set, Tuple
 
 import torch
-from einops.layers.torch import Rearrange
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.fx import Proxy
 
+from . import ops
 from .ops import reference
 
 __all__ = [
@@ -85,7 +86,33 @@ def _check_frames(x: Tensor, num_frames: int) -> None:
         )
 
 
-class ClipModule(nn.Module):
+def _way_out(x: Any) -> str:
+    """What torch.fx can do instead of tracing the inside of a layer."""
+    return (
+        '; torch.fx takes a layer as a node of the network around it, so trace nn.Sequential(layer)'
+        if isinstance(x, Proxy) else '')
+
+
+class OneNode(nn.Module):
+    """A module that every tracer of torch.fx records as a node of its own, and does not look into.
+
+    timm's tracer knows such modules by a list (``register_notrace_module``); that of ``torch.fx.symbolic_trace``, those
+    of torchvision and of others do not, and would stop at a question of a tensor's shape.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not isinstance(x, Proxy):
+            return super().__call__(*args, **kwargs)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy('call_module', tracer.path_of_module(self), args, kwargs)
+
+        tracer: Any = x.tracer
+        return tracer.call_module(self, record, args, kwargs)
+
+
+class ClipModule(OneNode):
     """Something that knows how many frames a clip has."""
     num_frames: int
 
@@ -126,7 +153,7 @@ class ClipLayer(ClipModule):
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
-            raise TypeError(f'x must be a tensor, got {type(x)}')
+            raise TypeError(f'x must be a tensor, got {type(x)}{_way_out(x)}')
         if (x.ndim != 4 and x.ndim != 5) or x.shape[-3] != self.channels:
             raise ValueError(
                 f'x must have shape (B*T, {self.channels}, H, W) or (B, {self.num_frames}, {self.channels}, H, W), '
@@ -156,10 +183,10 @@ class ClipLayer(ClipModule):
         else:
             frames, num_frames = self.frames(x)
             y = self.forward_frames(frames, num_frames).reshape(x.shape)
-        if x.is_contiguous():
-            return y.contiguous()
-        if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return y.contiguous(memory_format=torch.channels_last)
+            if ops.is_transformed():  # under vmap a tensor knows no channels_last
+                return y
+        if x.ndim == 4 or x.is_contiguous():
+            return ops.dense(y, x)
         return y
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
@@ -185,13 +212,9 @@ class Fold(ClipModule):
         ValueError: At call time: neither 4-D nor 5-D, another T, or no whole number of clips.
     """
 
-    def __init__(self, num_frames: int) -> None:
-        super().__init__(num_frames)
-        self.fold = Rearrange('b t c h w -> (b t) c h w')
-
     def forward(self, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
-            raise TypeError(f'x must be a tensor, got {type(x)}')
+            raise TypeError(f'x must be a tensor, got {type(x)}{_way_out(x)}')
         if x.ndim == 5:
             # an image has 1 to 4 channels, a clip of as many frames is rare
             if x.shape[1] <= 4 and x.shape[1] != self.num_frames and x.shape[2] == self.num_frames:
@@ -200,7 +223,7 @@ class Fold(ClipModule):
                     f'which looks like (B, C, T, H, W); if so, x.transpose(1, 2) puts it right'
                 )
             _check_frames(x, self.num_frames)
-            x = self.fold(x)
+            x = x.flatten(0, 1)
         elif x.ndim == 4:
             clip_shape(x.shape[0], self.num_frames)
         else:

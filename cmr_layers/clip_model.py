@@ -4,6 +4,7 @@ from typing import Any, Callable, Dict, Set
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .attach import no_image_network
 from .clip import ClipModule, Consensus, Fold, check_module, set_num_frames
@@ -81,6 +82,8 @@ class ClipModel(nn.Module):
         x = self.fold(x)
         frames = self.model(x)
         if not torch.jit.is_scripting():
+            if isinstance(frames, Proxy):  # which has no shape to check
+                return self.consensus(frames)  # type: ignore[no-any-return]
             frames = getattr(frames, 'logits', frames)
         if not isinstance(frames, Tensor) or frames.ndim != 2 or frames.shape[0] != x.shape[0]:
             got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__

@@ -9,13 +9,12 @@ convolution is in front of them is not known.
 from typing import Any, Callable, Optional
 
 import torch
-from einops.layers.torch import Rearrange
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_map_only
 
-from .clip import check_module
+from .clip import OneNode, check_module
 from .front import is_bare, is_plain, is_plain_norm
 
 __all__ = ['Stem', 'StemNorm', 'fold_norms', 'graphed']
@@ -89,7 +88,7 @@ class Stem(nn.Sequential):
 
 
 @register_notrace_module
-class StemNorm(nn.BatchNorm2d):
+class StemNorm(OneNode, nn.BatchNorm2d):
     """The batch norm behind a network's stem. It knows the stem, and so can fold though timm won't ask the network.
 
     Args:
@@ -176,8 +175,7 @@ def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:
 
 
 def _check_eval(model: nn.Module) -> None:
-    # but for einops' layer, which forgets its mode when it is copied
-    if any(module.training for module in model.modules() if not isinstance(module, Rearrange)):
+    if any(module.training for module in model.modules()):
         raise ValueError('model must be in eval mode, got one in training mode; call model.eval() first')
 
 

@@ -70,7 +70,7 @@ def run(layers: Sequence[Any], x: Tensor) -> Tensor:
     """Layers one after the other, a CME and the TIM behind it as one."""
     done = 0
     while done < len(layers):
-        if done + 1 < len(layers) and _fit(layers[done], layers[done + 1]):
+        if done + 1 < len(layers) and isinstance(x, Tensor) and _fit(layers[done], layers[done + 1]):  # no proxy of FX
             x = front(layers[done], layers[done + 1], nn.Identity(), x)
             done += 2
         else:

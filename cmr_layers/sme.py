@@ -85,7 +85,8 @@ class SME(ClipLayer):
 
     def forward_clips(self, x: Tensor) -> Tensor:
         frames = ops.motion(x).flatten(0, 1)
-        v: Tensor = self.bn(self.conv(frames)).view_as(x) + x               # (8)
+        h = ops.rectify_gradient(self.bn(self.conv(frames)))
+        v: Tensor = h.view_as(x) + x                                        # (8)
         return v
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
@@ -116,7 +117,8 @@ class SME(ClipLayer):
                 return ops.sme(
                     x, num_frames, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
                     owner=self, known=known)
-        v: Tensor = bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self, known=known)) + x
+        h = bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self, known=known))
+        v: Tensor = ops.rectify_gradient(h) + x
         return v
 
     fuse = fold_norms  # for timm's reparameterize_model

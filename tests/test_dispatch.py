@@ -1,15 +1,21 @@
 """Which path is chosen, for what reason, and what forcing one does."""
+import asyncio
+import concurrent.futures
+import contextvars
+import functools
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import timm
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, CMRBlock, ops, released, retrofit
-from cmr_layers.ops import dispatch, explain, use_path
+from cmr_layers.ops import dispatch, explain, state, use_path
 
 LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
 
@@ -352,13 +358,202 @@ def test_error_explain_wants_a_module_that_is_not_compiled():
             explain(model, torch.randn(8, 8, 1, 1))
 
 
+# Threads
+
+def meanwhile(*functions):
+    """Run functions at the same time, each in a thread; their results, or the first error."""
+    barrier = threading.Barrier(len(functions))
+
+    def run(function):
+        barrier.wait()
+        return function()
+
+    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
+        return [future.result() for future in [pool.submit(run, function) for function in functions]]
+
+
+@pytest.fixture
+def fast_switches():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_a_forced_path_is_that_of_its_thread(fast_switches):
+    layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
+
+    def decide(path, want):
+        for _ in range(300):
+            with use_path(path):
+                assert dispatch.choose(layer, 'TIM', x, 4, [layer.weight], layer.weight) == want
+            assert dispatch.choose(layer, 'TIM', x, 4, [layer.weight], layer.weight) == 'plain'
+        return path
+
+    def fail():
+        for _ in range(300):
+            with use_path('triton'), pytest.raises(RuntimeError, match="the path 'triton' is forced, but"):
+                dispatch.choose(layer, 'TIM', x, 4, [layer.weight], layer.weight)
+
+    with use_path('reference'):    # threads that are started here do not see it
+        got = meanwhile(
+            lambda: decide('reference', 'reference'), lambda: decide('auto', 'plain'), lambda: decide('plain', 'plain'),
+            fail)
+        assert got == ['reference', 'auto', 'plain', None] and state.path == 'reference'
+    assert state.path == 'auto'
+
+
+def test_explain_lists_the_calls_of_its_thread(fast_switches):
+    layers, x = [LAYERS[kind](8, num_frames=4).eval() for kind in LAYERS], torch.randn(4, 8, 3, 2)
+    done = threading.Event()
+
+    def explained(layer, path):
+        found = []
+        for _ in range(60):
+            with use_path(path):
+                found.append([row[:3] for row in explain(layer, x)])
+            assert state.log is None
+        return found
+
+    def call():
+        while not done.is_set():
+            layers[0](x)
+            assert state.log is None
+
+    def all_explained():
+        try:
+            return [explained(layer, path) for layer, path in zip(layers, ('plain', 'reference', 'auto'), strict=True)]
+        finally:
+            done.set()
+
+    first, second, _ = meanwhile(all_explained, lambda: explained(layers[2], 'reference'), call)
+    assert first == [
+        [[('CME', 'CME', 'plain')]] * 60, [[('SME', 'SME, inference', 'reference')]] * 60,
+        [[('TIM', 'TIM', 'plain')]] * 60]
+    assert second == [[('TIM', 'TIM', 'reference')]] * 60
+
+
+def test_an_asyncio_task_sees_its_own_path():
+    layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
+
+    async def task(path, want):
+        for _ in range(3):
+            with use_path(path):
+                await asyncio.sleep(0)
+                assert paths(layer, x)[0][2] == want
+
+    async def both():
+        await asyncio.gather(task('reference', 'reference'), task('plain', 'plain'), task('auto', 'plain'))
+
+    asyncio.run(both())
+
+
+def test_a_block_that_ends_in_another_context():
+    # as a generator's does, whose steps run in contexts of their own
+    block = use_path('reference')
+    contextvars.copy_context().run(block.__enter__)
+    assert state.path == 'auto'
+    block.__exit__(None, None, None)
+    assert state.path == 'auto'
+
+
+@pytest.mark.parametrize('path', ['reference', 'plain', 'auto'])
+def test_a_backward_pass_in_another_thread_is_that_of_its_forward_pass(path):
+    made, x = block(), torch.randn(4, 8, 3, 2, requires_grad=True)
+    with use_path(path):
+        y = made(x).square().sum()
+        want = torch.autograd.grad(y, [x, *made.parameters()], retain_graph=True)
+    with use_path('plain' if path == 'reference' else 'reference'):
+        got, = meanwhile(lambda: torch.autograd.grad(y, [x, *made.parameters()]))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+class Nested(torch.autograd.Function):
+    """Its backward pass starts another one, and so on: PyTorch runs the 61st in a thread of its own.
+
+    That is a thread such as the ones that run the backward passes on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, depth, seen):
+        ctx.depth, ctx.seen = depth, seen
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        if ctx.depth:
+            x = torch.zeros(1, requires_grad=True)
+            with torch.enable_grad():
+                y = Nested.apply(x, ctx.depth - 1, ctx.seen)
+            y.backward()
+        else:
+            ctx.seen.append((threading.get_ident(), state.path))
+        return g, None, None
+
+
+def test_a_thread_of_autograds_has_the_default():
+    # as use_path says of a forward pass that gradient checkpointing repeats for a GPU
+    seen, x = [], torch.zeros(1, requires_grad=True)
+    with use_path('reference'):
+        Nested.apply(x, 70, seen).backward()
+        Nested.apply(x, 3, seen).backward()
+    (other, path), (same, forced) = seen
+    assert other != same == threading.get_ident() and (path, forced) == ('auto', 'reference')
+
+
+@pytest.mark.parametrize('reentrant', [False, True])
+@pytest.mark.parametrize('path', ['reference', 'plain', 'auto'])
+def test_checkpointing_repeats_the_path(path, reentrant):
+    made, x = block().train(), torch.randn(4, 8, 3, 2, requires_grad=True)
+    with use_path(path):
+        want = torch.autograd.grad(made(x).square().sum(), [x, *made.parameters()])
+        torch.utils.checkpoint.checkpoint(made, x, use_reentrant=reentrant).square().sum().backward()
+    for p, g in zip([x, *made.parameters()], want, strict=True):
+        assert torch.equal(p.grad, g)
+
+
+def test_a_compiled_layer_takes_the_path_of_each_call():
+    layer, x, taken = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2), []
+
+    def backend(graph, example_inputs):
+        has_operator = any('cmr_layers' in str(node.target) for node in graph.graph.nodes)
+        return lambda *args: taken.append('plain' if has_operator else 'reference') or graph(*args)
+
+    def call(path):
+        with use_path(path):
+            compiled(x)
+
+    for first, second in (('auto', 'reference'), ('reference', 'auto'), ('plain', 'reference')):
+        torch._dynamo.reset()
+        taken.clear()
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        for path in (first, second, first):
+            call(path)
+        want = ['reference' if path == 'reference' else 'plain' for path in (first, second, first)]
+        assert taken == want
+        with use_path('reference'):    # which the thread does not see
+            meanwhile(functools.partial(compiled, x))
+        assert taken == [*want, 'plain']
+    torch._dynamo.reset()
+
+
+def test_explain_sees_a_compiled_part():
+    layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend='eager')
+    compiled(x)
+    assert [row[2] for row in explain(nn.Sequential(layer, compiled), x)] == ['plain', 'plain']
+    torch._dynamo.reset()
+
+
 def test_explaining_leaves_no_trace():
     layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
     explain(layer, x)
-    assert dispatch._log is None
+    assert state.log is None
     with pytest.raises(ValueError):
         explain(layer, torch.randn(6, 8, 3, 2))
-    assert dispatch._log is None
+    assert state.log is None
 
 
 def test_ops_exports_the_switch():

@@ -290,7 +290,10 @@ def test_fx_sees_inserted_layers(at):
     for traced in (fx.symbolic_trace(model), fuse(model)):
         assert near(traced(x), model(x))
         assert sum(isinstance(module, SME) for module in traced.modules()) == 1
+    insert(model, CME, 'layer1.0.conv1', 'before', num_frames=T)
+    insert(model, TIM, 'layer1.0.conv1', 'before', num_frames=T)
     traced = fx.symbolic_trace(model)
+    assert near(traced(x), model(x))
     assert {id(p) for p in traced.parameters()} == {id(p) for p in model.parameters()}
 
 

@@ -4,14 +4,16 @@ import io
 import pickle
 
 import pytest
+import timm
 import torch
+from helpers import randomize
 from timm.models._features_fx import create_feature_extractor
 from timm.models.resnet import ResNet
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 
-from cmr_layers import CME, SME, TIM
+from cmr_layers import CME, SME, TIM, released
 from cmr_layers.clip import ClipLayer
 from cmr_layers.ops import use_path
 
@@ -341,6 +343,53 @@ def test_vmap_over_models(build, kind):
         for p in doubled.parameters():
             p.mul_(2)
     torch.testing.assert_close(both, torch.stack([layer(x), doubled(x)]))
+
+
+ENSEMBLES = {
+    'CME': lambda: CME(8, 2), 'SME': lambda: SME(8, 2), 'TIM': lambda: TIM(8, 2),
+    'released CME': lambda: released.CME(8, 2),
+    'cmr_resnet18': lambda: timm.create_model('cmr_resnet18', num_frames=2, channels=(8, 8, 8, 8), num_classes=3),
+}
+
+
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, cl], ids=str)
+@pytest.mark.parametrize('path', ['auto', 'reference'])
+@pytest.mark.parametrize('name', ENSEMBLES)
+def test_an_ensemble_of_models_in_one_call(name, path, memory_format):
+    # the recipe of torch.func, of one batch for all models and of one for each
+    models = [randomize(ENSEMBLES[name]()).eval() for _ in range(3)]
+    x = torch.randn(3, 4, 3, 32, 32) if name == 'cmr_resnet18' else torch.randn(3, 4, 8, 6, 5)
+    x = x.flatten(0, 1).to(memory_format=memory_format).unflatten(0, (3, 4))
+    state, base = torch.func.stack_module_state(models), copy.deepcopy(models[0]).to('meta')
+
+    def call(params, buffers, x):
+        return torch.func.functional_call(base, (params, buffers), (x,))
+
+    with use_path(path):
+        for in_dims, v in ((0, x), (None, x[0])):
+            got = torch.func.vmap(call, in_dims=(0, 0, in_dims))(*state, v)
+            want = [model(v if in_dims is None else v[i]) for i, model in enumerate(models)]
+            torch.testing.assert_close(got, torch.stack(want), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_single_clips(build, kind):
+    layer, x = build(kind), clips(3)
+
+    def loss(params, clip):
+        return torch.func.functional_call(layer, params, (clip,)).square().sum()
+
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
+    for i, clip in enumerate(x):
+        want = torch.autograd.grad(layer(clip).square().sum(), list(layer.parameters()))
+        for (name, g), w in zip(got.items(), want, strict=True):
+            torch.testing.assert_close(g[i], w, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_error_vmap_of_a_batch_norm_in_training_is_pytorchs():
+    for layer, shape in ((SME(8, 4), (4, 8, 3, 2)), (nn.BatchNorm2d(8), (4, 8, 3, 2))):
+        with pytest.raises(RuntimeError, match='Batch norm got a batched tensor as input while the running_mean'):
+            torch.vmap(layer)(torch.randn(2, *shape))
 
 
 # Copies and files

@@ -9,6 +9,7 @@ from interpreter import DEVICE, interpreted
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmr_layers import CMRBlock
@@ -22,6 +23,7 @@ from cmr_layers.ops import (
     rectified_sum,
     reference,
     sme,
+    state,
     use_path,
 )
 
@@ -88,7 +90,7 @@ def operator(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_opcheck(form, name, layout):
     torch.manual_seed(0)
-    opcheck(operator(name), arguments(name, LAYOUTS[layout], grad=True))
+    opcheck(operator(name), arguments(name, LAYOUTS[layout], grad=True), {'triton': form == 'triton'})
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
@@ -99,9 +101,10 @@ def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtyp
     args = arguments(name, LAYOUTS.get(layout, contiguous), dtype)
     if layout == 'other':
         args = (args[0].transpose(2, 3).contiguous().transpose(2, 3), *args[1:])
-    real = operator(name)(*args)
+    real = operator(name)(*args, triton=form == 'triton')
     with FakeTensorMode() as mode:
-        fake = operator(name)(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in args))
+        fakes = (mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in args)
+        fake = operator(name)(*fakes, triton=form == 'triton')
     real, fake = ([v] if isinstance(v, torch.Tensor) else list(v) for v in (real, fake))
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.stride(), r.dtype, r.device) == (f.shape, f.stride(), f.dtype, f.device)
@@ -114,7 +117,8 @@ def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtyp
 @pytest.mark.parametrize('layout, learns', [('contiguous', True), ('channels_last', True), ('channels_last', False)])
 def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, learns):
     args = arguments(name, LAYOUTS[layout], grad=True)
-    y, *saved = operator(name)(*args)
+    triton = form == 'triton'
+    y, *saved = operator(name)(*args, triton=triton)
     kind = name.partition(',')[0]
     tensors = [v.detach() if isinstance(v, torch.Tensor) else v for v in args]
     if kind == 'motion_conv':
@@ -124,10 +128,10 @@ def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, 
     if kind != 'front':
         backward = *backward, learns
     run = getattr(OPS, f'{kind}_backward').default
-    opcheck(run, backward)
+    opcheck(run, backward, {'triton': triton})
     with FakeTensorMode() as mode:
-        fake = run(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in backward))
-    for r, f in zip(run(*backward), fake, strict=True):
+        fake = run(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in backward), triton=triton)
+    for r, f in zip(run(*backward, triton=triton), fake, strict=True):
         assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
 
 
@@ -139,12 +143,12 @@ def call(name, args):
     if kind == 'front_conv':
         return front_conv(*args[:2], CMEWeights(*args[2:6]), args[6], Convolution(*args[7:]))
     if kind == 'motion_product':
-        known = None if dispatch._path == 'reference' else args[4:]
+        known = None if state.path == 'reference' else args[4:]
         return motion_conv(*args[:4], known=known)
     if kind == 'rectified_sum':
-        return (args[0] + args[1]).relu() if dispatch._path == 'reference' else rectified_sum(*args)[0]
+        return (args[0] + args[1]).relu() if state.path == 'reference' else rectified_sum(*args)[0]
     if kind == 'sme':
-        return sme(*args[:9], known=None if dispatch._path == 'reference' or args[9] is None else (args[9], args[9]))
+        return sme(*args[:9], known=None if state.path == 'reference' or args[9] is None else (args[9], args[9]))
     return motion_conv(*args)
 
 
@@ -195,6 +199,32 @@ def test_what_needs_no_gradient_gets_none(form):
         torch.testing.assert_close(got, want)
         assert counter.get_total_flops() > 0
     assert not call('front', arguments('front')).requires_grad
+
+
+class Calls(TorchDispatchMode):
+    """Which operators of ours run, and in which form."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == 'cmr_layers':
+            self.seen.append((func._opname, kwargs['triton']))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_backward_pass_has_the_form_of_its_forward_pass(form):
+    triton = form == 'triton'
+    for name in ('front', 'front_conv', 'motion_conv'):
+        args = arguments(name, grad=True)
+        inputs = [v for v in args if isinstance(v, torch.Tensor)]
+        with Calls() as forward:
+            y = call(name, args).sum()
+        for path in ('auto', 'plain', 'reference'):
+            with use_path(path), Calls() as backward:
+                torch.autograd.grad(y, inputs, retain_graph=True)
+            assert forward.seen == [(name, triton)] and backward.seen == [(f'{name}_backward', triton)]
 
 
 def test_a_second_derivative_is_refused(form):
@@ -356,11 +386,11 @@ def test_the_cuda_branch_under_fake_tensors(fake_cuda, dtype, train):
     cme, taps, conv = block.cme.weights(), block.tim.weight, block.conv1.weight
     vectors = [x.new_empty(16, width, dtype=torch.float32) for width in (256, 32, 32, 256)]
     gx, *g_weights = OPS.front_conv_backward(
-        y[:, :64], x, 8, *cme, taps, *vectors, conv, None, [1, 1], [0, 0], [1, 1], 1, True)
+        y[:, :64], x, 8, *cme, taps, *vectors, conv, None, [1, 1], [0, 0], [1, 1], 1, True, triton=True)
     assert (gx.shape, gx.stride(), gx.dtype) == (x.shape, x.stride(), dtype)
     assert [g.shape for g in g_weights] == [w.shape for w in cme[:3]] + [(0,), taps.shape, conv.shape, (0,)]
     s = x.new_empty(16, 14, 14, dtype=torch.float32)
-    gx, *_ = OPS.motion_conv_backward(y.contiguous(), x, 8, block.sme.conv.weight, None, s, s, True)
+    gx, *_ = OPS.motion_conv_backward(y.contiguous(), x, 8, block.sme.conv.weight, None, s, s, True, triton=True)
     assert (gx.shape, gx.stride(), gx.dtype) == (x.shape, x.stride(), dtype)
 
 

@@ -18,7 +18,7 @@ from benchmarks.runtime import __main__ as cli
 from benchmarks.runtime import measure as measuring
 from benchmarks.runtime import models, plan, plot, render
 from cmr_layers import CME, SME, TIM, released
-from cmr_layers.ops import dispatch
+from cmr_layers.ops import state
 
 ROOT = Path(__file__).parents[1]
 BASE = Setting('cpu', 'fp32', 1, 64, 'channels_last')
@@ -261,7 +261,7 @@ def test_wrong_results_are_no_candidate(monkeypatch, capsys):
 def test_who_computes_something_else_is_not_timed(monkeypatch, capsys):
     class Other(nn.Module):
         def forward(self, x):
-            return x.mean((2, 3)) * (1.01 if dispatch._path == 'auto' else 1)
+            return x.mean((2, 3)) * (1.01 if state.path == 'auto' else 1)
     monkeypatch.setitem(models.MODELS, 'tsm', models.MODELS['tsm']._replace(build=lambda **_: Other()))
     eager, fused = measuring.measure(study(('tsm', 'eager'), ('tsm', 'fused')), 0, timing.Deadline(60))
     assert eager['error'] == 0

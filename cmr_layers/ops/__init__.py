@@ -17,9 +17,12 @@ from .layers import (
     rectified_sum,
     sme,
 )
+from .layout import dense, rectify_gradient
 from .reference import cme, cme_gate, motion, similarity, tim
+from .state import is_transformed
 
 __all__ = [
-    'CMEWeights', 'Convolution', 'Known', 'choose', 'cme', 'cme_gate', 'explain', 'front', 'front_conv', 'joins',
-    'knows_similarity', 'motion', 'motion_conv', 'rectified_sum', 'similarity', 'sme', 'tim', 'use_path',
+    'CMEWeights', 'Convolution', 'Known', 'choose', 'cme', 'cme_gate', 'dense', 'explain', 'front', 'front_conv',
+    'is_transformed', 'joins', 'knows_similarity', 'motion', 'motion_conv', 'rectified_sum', 'rectify_gradient',
+    'similarity', 'sme', 'tim', 'use_path',
 ]

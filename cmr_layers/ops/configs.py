@@ -7,6 +7,8 @@ from typing import Any, Dict, List, Tuple
 
 from torch import Tensor
 
+from .layout import is_channels_last
+
 __all__ = ['config', 'next_power_of_2']
 
 # Kernel and layout: (largest number of channels it holds for, configuration), the first that fits is taken.
@@ -47,7 +49,7 @@ def config(kernel: str, x: Tensor) -> Dict[str, Any]:
     Contraction of products and sums is pinned: its default differs between versions of Triton, and results would
     move with it.
     """
-    rows = _TABLE[kernel, not x.is_contiguous()]
+    rows = _TABLE[kernel, is_channels_last(x)]
     return {**next(meta for most, meta in rows if x.shape[1] <= most), 'enable_fp_fusion': True}
 
 

@@ -7,17 +7,16 @@ There are three paths, and they compute the same:
 - ``'reference'``: the equations as :mod:`.reference` has them, differentiated by autograd, for everything else.
 """
 import importlib.util
-import os
 from contextlib import contextmanager
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ['PATHS', 'Decision', 'Explanation', 'choose', 'explain', 'is_narrow', 'runs_triton', 'use_path']
+from . import state
+from .layout import is_channels_last
 
-PATHS = ('auto', 'triton', 'plain', 'reference')
-VARIABLE = 'CMR_LAYERS_PATH'
+__all__ = ['Decision', 'Explanation', 'choose', 'explain', 'is_narrow', 'runs_triton', 'use_path']
 
 
 class Decision(NamedTuple):
@@ -28,23 +27,15 @@ class Decision(NamedTuple):
     reason: str
 
 
-def _checked(path: Any, source: str) -> str:
-    if path not in PATHS:
-        raise ValueError(f'{source} must be one of {", ".join(map(repr, PATHS))}, got {path!r}')
-    return str(path)
-
-
-_path = _checked(os.environ.get(VARIABLE) or 'auto', VARIABLE)
-_log: Optional[List[Decision]] = None
-
-
 @contextmanager
 def use_path(path: str) -> Iterator[None]:
-    """Force a path for all layers of the process, within a ``with`` block.
+    """Force a path for the layers that are called within a ``with`` block.
 
-    The environment variable ``CMR_LAYERS_PATH`` does the same from the start of the process. The switch is one for all
-    threads: leave the blocks in the order that nests them. Between 'triton' and 'plain' a backward pass decides anew,
-    when it runs, and so does a forward pass that gradient checkpointing repeats; that of the reference is autograd's.
+    The switch is a context variable: it holds for the thread, or the asyncio task, that is in the block. A thread that
+    is started there (a DataLoader's, one of ``nn.DataParallel``'s) starts with the process's default, which the
+    environment variable ``CMR_LAYERS_PATH`` sets. A backward pass takes the path of its forward pass, wherever it runs.
+    A forward pass that gradient checkpointing repeats is a call like any other: start the backward pass within the
+    block, too. For a model on a GPU PyTorch repeats it in a thread of its own, so force that with the variable.
 
     Args:
         path: 'triton', 'plain' or 'reference', or 'auto' for the dispatcher's own choice.
@@ -61,12 +52,11 @@ def use_path(path: str) -> Iterator[None]:
         >>> torch.allclose(layer(x), want, atol=1e-6)
         True
     """
-    global _path
-    before, _path = _path, _checked(path, 'path')
+    before = state.set_path(state.checked(path, 'path'))
     try:
         yield
     finally:
-        _path = before
+        state.set_path(before)
 
 
 _HAS_TRITON = importlib.util.find_spec('triton') is not None
@@ -75,11 +65,6 @@ _HAS_TRITON = importlib.util.find_spec('triton') is not None
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: Optional[int]) -> Tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def triton_obstacle(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -> str:
@@ -102,8 +87,8 @@ def triton_obstacle(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -
 
 
 def runs_triton(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -> bool:
-    """Which of its two forms an operator runs."""
-    return _path != 'plain' and not triton_obstacle(x, num_frames, taps)
+    """Whether a call would run the Triton form, but for what else :func:`choose` looks at."""
+    return state.path in ('auto', 'triton') and not triton_obstacle(x, num_frames, taps)
 
 
 def is_narrow(
@@ -116,13 +101,13 @@ def is_narrow(
     """
     return (
         tuple(weight.shape[2:]) == (1, 1) and weight.shape[0] <= 128 and groups == 1 and set(stride) == {1}
-        and set(padding) == {0} and x.dtype in (torch.float16, torch.bfloat16) and not x.is_contiguous()
+        and set(padding) == {0} and x.dtype in (torch.float16, torch.bfloat16) and is_channels_last(x)
         and num_frames in (2, 4, 8, 16))
 
 
-def _operator_obstacle(x: Tensor, num_frames: int, weights: Sequence[Optional[Tensor]]) -> str:
+def _operator_obstacle(x: Tensor, weights: Sequence[Optional[Tensor]], forced: bool) -> str:
     """Why the operators, in either form, can't take the call; empty if they can."""
-    if torch.compiler.is_exporting() and _path == 'auto':
+    if state.is_exporting() and not forced:
         return 'torch.export: a graph without operators of this package'
     device = x.device.type
     if device not in ('cpu', 'cuda'):
@@ -140,10 +125,10 @@ def _operator_obstacle(x: Tensor, num_frames: int, weights: Sequence[Optional[Te
                 return f'x is {x.dtype} and a weight {weight.dtype}'
     if torch.autograd.forward_ad._current_level >= 0:
         return 'forward-mode differentiation is active'
-    if _is_transformed():
+    if state.is_transformed():
         return 'a transform of torch.func is active'
     if not torch.compiler.is_compiling():
-        if torch.jit.is_tracing() and _path == 'auto':
+        if torch.jit.is_tracing() and not forced:
             return 'torch.jit.trace: a graph without operators of this package'
         kind = type(x)
         if kind is not Tensor and kind is not nn.Parameter and not kind.__module__.startswith('torch._subclasses'):
@@ -169,17 +154,19 @@ def choose(
     Raises:
         RuntimeError: A forced path can't take the call.
     """
-    if _path == 'reference':
-        path, reason = 'reference', 'forced'
+    forced = state.path
+    if forced == 'reference':
+        path, reason = forced, 'forced'
     else:
-        obstacle = obstacle or _operator_obstacle(x, num_frames, weights)
+        obstacle = obstacle or _operator_obstacle(x, weights, forced != 'auto')
         triton = obstacle or triton_obstacle(x, num_frames, taps)
-        path = 'reference' if obstacle else 'plain' if triton or _path == 'plain' else 'triton'
-        reason = obstacle or ('forced' if _path == 'plain' else triton)
-        if _path != 'auto' and path != _path:
-            raise RuntimeError(f"the path {_path!r} is forced, but {operation} can't take it: {reason}")
-    if _log is not None:
-        _log.append(Decision(owner, operation, path, reason))
+        path = 'reference' if obstacle else 'plain' if triton or forced == 'plain' else 'triton'
+        reason = obstacle or ('forced' if forced == 'plain' else triton)
+        if forced not in ('auto', path):
+            raise RuntimeError(f"the path {forced!r} is forced, but {operation} can't take it: {reason}")
+    log = state.log
+    if log is not None:
+        log.append(Decision(owner, operation, path, reason))
     return path
 
 
@@ -198,7 +185,7 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Which path each layer of a model takes for an input, and why not a faster one.
 
     It runs the model once, without gradients, in the mode (training or eval) that it is in; as any forward pass, that
-    moves the running statistics of a model in training mode.
+    moves the running statistics of a model in training mode. Calls that other threads make meanwhile are not in it.
 
     Args:
         model: Any module with CME, SME or TIM in it, or a layer.
@@ -215,15 +202,14 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
         >>> print(explain(TIM(8, num_frames=4), torch.randn(4, 8, 6, 6)))
         TIM  TIM  plain (x is on cpu)
     """
-    global _log
     if not isinstance(model, nn.Module) or hasattr(model, '_orig_mod'):
         raise TypeError(f'model must be an nn.Module that is not compiled, got {type(model).__name__}')
-    before, _log = _log, []
+    decisions: List[Decision] = []
+    before = state.set_log(decisions)
     try:
         with torch.no_grad():
             model(x)
-        decisions = _log
     finally:
-        _log = before
+        state.set_log(before)
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     return Explanation(row._replace(owner=names.get(row.owner, '?')) for row in decisions)

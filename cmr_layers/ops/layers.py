@@ -45,9 +45,10 @@ def _name(cme: CMEWeights, taps: Optional[Tensor]) -> str:
 
 def front(x: Tensor, num_frames: int, cme: CMEWeights, taps: Optional[Tensor], owner: Any = None) -> Tensor:
     """CME and then TIM, either of which may be missing: equations (1) to (6), and a convolution over the frames."""
-    if choose(owner, _name(cme, taps), x, num_frames, [*cme, taps], taps) == 'reference':
+    path = choose(owner, _name(cme, taps), x, num_frames, [*cme, taps], taps)
+    if path == 'reference':
         return _reference_front(x, num_frames, cme, taps)
-    y: Tensor = torch.ops.cmr_layers.front(x, num_frames, *cme, taps)[0]
+    y: Tensor = torch.ops.cmr_layers.front(x, num_frames, *cme, taps, triton=path == 'triton')[0]
     return y
 
 
@@ -67,7 +68,7 @@ def front_conv(
     path = choose(owner, f'{_name(cme, taps)} + conv', x, num_frames, [*cme, taps, conv.weight, conv.bias], taps)
     if path == 'reference':
         return F.conv2d(_reference_front(x, num_frames, cme, taps), *conv)
-    y: Tensor = torch.ops.cmr_layers.front_conv(x, num_frames, *cme, taps, *conv)[0]
+    y: Tensor = torch.ops.cmr_layers.front_conv(x, num_frames, *cme, taps, *conv, triton=path == 'triton')[0]
     return y
 
 
@@ -86,7 +87,8 @@ def knows_similarity(x: Tensor, num_frames: int, weight: Tensor, owner: Any = No
 
 def rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, Known]:
     """relu(x + shortcut), and the similarities of these frames."""
-    y, s, inverse_norm = torch.ops.cmr_layers.rectified_sum(x, shortcut, num_frames)
+    triton = runs_triton(x, num_frames)
+    y, s, inverse_norm = torch.ops.cmr_layers.rectified_sum(x, shortcut, num_frames, triton=triton)
     return y, (s, inverse_norm)
 
 
@@ -96,12 +98,13 @@ def motion_conv(
 ) -> Tensor:
     """The 1x1 convolution of equation (8), of the frames weighted by their motion."""
     if known is not None:
-        h: Tensor = torch.ops.cmr_layers.motion_product(x, num_frames, weight, bias, *known)
+        triton = runs_triton(x, num_frames)
+        h: Tensor = torch.ops.cmr_layers.motion_product(x, num_frames, weight, bias, *known, triton=triton)
         return h
     path = choose(owner, 'SME', x, num_frames, [weight, bias], obstacle=_still(num_frames))
     if path == 'reference':
         return _reference_motion_conv(x, num_frames, weight, bias)
-    h = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias)[0]
+    h = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias, triton=path == 'triton')[0]
     return h
 
 
@@ -115,13 +118,16 @@ def sme(
         known: Optional[Known] = None,
 ) -> Tensor:
     """All of equation (8) with the batch norm's running statistics, or without one; it has no derivative."""
-    path = '' if known else choose(
-        owner, 'SME, inference', x, num_frames, [weight, bias], obstacle=_still(num_frames))
+    if known:
+        path = 'triton' if runs_triton(x, num_frames) else 'plain'
+    else:
+        path = choose(owner, 'SME, inference', x, num_frames, [weight, bias], obstacle=_still(num_frames))
     if path == 'reference':
         h = _reference_motion_conv(x, num_frames, weight, bias)
         return x + (h if mean is None or var is None else F.batch_norm(h, mean, var, gamma, beta, eps=eps))
     s = known[0] if known else None
-    v: Tensor = torch.ops.cmr_layers.sme(x, num_frames, weight, bias, mean, var, gamma, beta, eps, s)
+    v: Tensor = torch.ops.cmr_layers.sme(
+        x, num_frames, weight, bias, mean, var, gamma, beta, eps, s, triton=path == 'triton')
     return v
 
 

@@ -1,9 +1,10 @@
 """The layers as PyTorch operators, ``torch.ops.cmr_layers``: one call for what stands in front of a block's
 convolutions, one for SME.
 
-Each has an implementation (Triton or plain), a shape function with the exact strides, a derivative and a FLOP formula,
-so ``torch.compile``, ``torch.export``, CUDA graphs and ``FlopCounterMode`` see through them. All take folded frames x
-(N, C, H, W), N = B * T, and weights of any floating dtype, compute in float32 and return x's dtype.
+Each has an implementation in two forms (``triton`` or plain), a shape function with the exact strides, a derivative and
+a FLOP formula, so ``torch.compile``, ``torch.export``, CUDA graphs and ``FlopCounterMode`` see through them. All take
+folded frames x (N, C, H, W), N = B * T, and weights of any floating dtype, compute in float32 and return x's dtype,
+with the strides of :mod:`.layout`.
 """
 from functools import wraps
 from typing import Any, Callable, List, Optional, Sequence, Tuple
@@ -13,35 +14,38 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import plain
-from .dispatch import is_narrow, runs_triton
+from .dispatch import is_narrow
+from .layout import dense, is_channels_last, strides
 
 __all__: List[str] = []
 
 _CME = 'Tensor? w1, Tensor? w2, Tensor? w3, Tensor? b3, Tensor? taps'
 _SAVED = 'Tensor pooled, Tensor z, Tensor k, Tensor gate'
 _CONV = 'Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups'
+_FORM = '*, bool triton'
 _FIVE = '(Tensor, Tensor, Tensor, Tensor, Tensor)'
 
 _SCHEMAS = (
     # y, then what backward needs: pooled vectors, z, k and gates; empty tensors for what is not there
-    f'front(Tensor x, int num_frames, {_CME}) -> {_FIVE}',
-    f'front_backward(Tensor gy, Tensor x, int num_frames, {_CME}, {_SAVED}) -> '
+    f'front(Tensor x, int num_frames, {_CME}, {_FORM}) -> {_FIVE}',
+    f'front_backward(Tensor gy, Tensor x, int num_frames, {_CME}, {_SAVED}, {_FORM}) -> '
     '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
-    f'front_conv(Tensor x, int num_frames, {_CME}, {_CONV}) -> {_FIVE}',
+    f'front_conv(Tensor x, int num_frames, {_CME}, {_CONV}, {_FORM}) -> {_FIVE}',
     f'front_conv_backward(Tensor gy, Tensor x, int num_frames, {_CME}, {_SAVED}, {_CONV}, '
-    'bool learns) -> '
+    f'bool learns, {_FORM}) -> '
     '(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)',
     # the convolution of equation (8), then the similarities and inverse norms
-    'motion_conv(Tensor x, int num_frames, Tensor weight, Tensor? bias) -> (Tensor, Tensor, Tensor)',
+    f'motion_conv(Tensor x, int num_frames, Tensor weight, Tensor? bias, {_FORM}) -> (Tensor, Tensor, Tensor)',
     'motion_conv_backward(Tensor gh, Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor s, '
-    'Tensor inverse_norm, bool learns) -> (Tensor, Tensor, Tensor)',
+    f'Tensor inverse_norm, bool learns, {_FORM}) -> (Tensor, Tensor, Tensor)',
     # the end of a block, relu(x + shortcut), and the similarities and inverse norms of what it writes
-    'rectified_sum(Tensor x, Tensor shortcut, int num_frames) -> (Tensor, Tensor, Tensor)',
+    f'rectified_sum(Tensor x, Tensor shortcut, int num_frames, {_FORM}) -> (Tensor, Tensor, Tensor)',
     # motion_conv where they are known
-    'motion_product(Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor s, Tensor inverse_norm) -> Tensor',
+    'motion_product(Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor s, Tensor inverse_norm, '
+    f'{_FORM}) -> Tensor',
     # all of equation (8) with the running statistics; it has no derivative
     'sme(Tensor x, int num_frames, Tensor weight, Tensor? bias, Tensor? mean, Tensor? var, Tensor? gamma, '
-    'Tensor? beta, float eps, Tensor? s) -> Tensor',
+    f'Tensor? beta, float eps, Tensor? s, {_FORM}) -> Tensor',
 )
 
 _LIBRARY = torch.library.Library('cmr_layers', 'DEF')
@@ -55,18 +59,22 @@ Ints = Sequence[int]
 
 
 def _implement(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Register an implementation for CPU and CUDA. The dtypes are the operator's own business, so autocast is off."""
+    """Register an implementation for CPU and CUDA. The dtypes are the operator's own business, so autocast is off.
+
+    Frames come in any strides; vectors and matrices are contiguous when they arrive, as the kernels want them.
+    """
 
     @wraps(function)
-    def run(first: Tensor, *args: Any) -> Any:
+    def run(first: Tensor, *args: Any, triton: bool) -> Any:
         device = first.device
         if torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
-                return run(first, *args)
+                return run(first, *args, triton=triton)
+        args = tuple(v.contiguous() if isinstance(v, Tensor) and v.ndim < 4 else v for v in args)
         if device.type == 'cuda' and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return function(first, *args)
-        return function(first, *args)
+                return function(first, *args, triton=triton)
+        return function(first, *args, triton=triton)
 
     for key in ('CPU', 'CUDA'):
         _LIBRARY.impl(function.__name__.lstrip('_'), run, key)
@@ -80,18 +88,9 @@ def _fake(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _dense(x: Tensor) -> Tensor:
-    """Frames in one of the two layouts that the implementations know."""
-    return x if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last) else x.contiguous()
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    return torch.contiguous_format if x.is_contiguous() else torch.channels_last
-
-
-def _form(x: Tensor, num_frames: int, taps: Maybe = None) -> Any:
-    """The module with the functions for these frames."""
-    if not runs_triton(x, num_frames, taps):
+def _front_form(triton: bool) -> Any:
+    """The module with the functions of CME and TIM."""
+    if not triton:
         return plain
     from . import triton_front
     return triton_front
@@ -99,30 +98,30 @@ def _form(x: Tensor, num_frames: int, taps: Maybe = None) -> Any:
 
 @_implement
 def _front(
-        x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
+        x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    x = _dense(x)
-    result: Tuple[Tensor, ...] = _form(x, num_frames, taps).front(x, num_frames, w1, w2, w3, b3, taps)
+    x = dense(x)
+    result: Tuple[Tensor, ...] = _front_form(triton).front(x, num_frames, w1, w2, w3, b3, taps)
     return result
 
 
 @_fake
 def _fake_front(
-        x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
+        x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
     n, channels = x.shape[:2]
     widths = [] if w1 is None or w2 is None else [channels, w1.shape[0], w2.shape[0], channels]
     vectors = [x.new_empty(n, width, dtype=torch.float32) for width in widths]
-    return torch.empty_like(_dense(x)), *(vectors or [x.new_empty(0, dtype=torch.float32) for _ in range(4)])
+    return torch.empty_like(dense(x)), *(vectors or [x.new_empty(0, dtype=torch.float32) for _ in range(4)])
 
 
 @_implement
 def _front_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
-        pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
+        pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    x = _dense(x)
-    result: Tuple[Tensor, ...] = _form(x, num_frames, taps).front_backward(
+    x = dense(x)
+    result: Tuple[Tensor, ...] = _front_form(triton).front_backward(
         plain.like(gy, x), x, num_frames, w1, w2, w3, b3, taps, pooled, z, k, gate)
     return result
 
@@ -130,9 +129,9 @@ def _front_backward(
 @_fake
 def _fake_front_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
-        pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
+        pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    return torch.empty_like(_dense(x)), *map(_gradient, (x,) * 5, (w1, w2, w3, b3, taps))
+    return torch.empty_like(dense(x)), *map(_gradient, (x,) * 5, (w1, w2, w3, b3, taps))
 
 
 def _gradient(x: Tensor, weight: Maybe) -> Tensor:
@@ -144,30 +143,31 @@ def _convolution(u: Tensor, weight: Tensor, bias: Maybe, stride: Ints, padding: 
     y: Tensor = torch.ops.aten.convolution(
         u, weight.to(u.dtype), None if bias is None else bias.to(u.dtype),
         stride, padding, dilation, False, [0, 0], groups)
-    return y.contiguous(memory_format=_layout(u))
+    y = y.contiguous(memory_format=torch.channels_last if is_channels_last(u) else torch.contiguous_format)
+    return y.as_strided_(y.shape, strides(y, is_channels_last(u)))  # in place: an output must be no view
 
 
 @_implement
 def _front_conv(
         x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
-        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int,
+        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    x = _dense(x)
-    if (taps is not None and w1 is not None and w2 is not None and w3 is not None
-            and runs_triton(x, num_frames, taps) and is_narrow(x, num_frames, weight, stride, padding, groups)):
+    x = dense(x)
+    if (triton and taps is not None and w1 is not None and w2 is not None and w3 is not None
+            and is_narrow(x, num_frames, weight, stride, padding, groups)):
         from . import triton_conv, triton_front
         saved = triton_front.gates(x, num_frames, w1, w2, w3, b3)
         return triton_conv.gated_conv(x, num_frames, saved[3], taps, weight, bias), *saved
-    u, *vectors = _front(x, num_frames, w1, w2, w3, b3, taps)
+    u, *vectors = _front(x, num_frames, w1, w2, w3, b3, taps, triton=triton)
     return _convolution(u, weight, bias, stride, padding, dilation, groups), *vectors
 
 
 @_fake
 def _fake_front_conv(
         x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
-        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int,
+        weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    u, *vectors = _fake_front(x, num_frames, w1, w2, w3, b3, taps)
+    u, *vectors = _fake_front(x, num_frames, w1, w2, w3, b3, taps, triton=triton)
     return _convolution(u, weight, bias, stride, padding, dilation, groups), *vectors
 
 
@@ -176,9 +176,11 @@ def _front_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
         pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
         weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, learns: bool,
+        *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    x, gy = _dense(x), gy.contiguous(memory_format=_layout(_dense(x)))
-    form = _form(x, num_frames, taps)
+    x = dense(x)
+    gy = dense(gy, x)
+    form = _front_form(triton)
     # What the convolution saw is as large as x, and cheap to compute again from gates and taps.
     u = form.mix(x, num_frames, None if w1 is None else gate, taps)
     gu, g_weight, _ = torch.ops.aten.convolution_backward(
@@ -197,36 +199,37 @@ def _fake_front_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
         pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
         weight: Tensor, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, learns: bool,
+        *, triton: bool,
 ) -> Tuple[Tensor, ...]:
     weights = w1, w2, w3, b3, taps, weight if learns else None, bias
-    return torch.empty_like(_dense(x)), *(_gradient(x, w) for w in weights)
+    return torch.empty_like(dense(x)), *(_gradient(x, w) for w in weights)
 
 
 @_implement
-def _motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe) -> Tuple[Tensor, ...]:
-    x = _dense(x)
-    if not runs_triton(x, num_frames):
+def _motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, *, triton: bool) -> Tuple[Tensor, ...]:
+    x = dense(x)
+    if not triton:
         return plain.motion_conv(x, num_frames, weight, bias)
     from . import triton_sme
     return triton_sme.motion_conv(x, num_frames, weight, bias)
 
 
 @_fake
-def _fake_motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe) -> Tuple[Tensor, ...]:
+def _fake_motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, *, triton: bool) -> Tuple[Tensor, ...]:
     n, _, height, width = x.shape
-    h = _fake_sme(x, num_frames, weight)
+    h = _fake_sme(x, num_frames, weight, triton=triton)
     return h, *(x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
 
 
 @_implement
 def _motion_conv_backward(
         gh: Tensor, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor,
-        learns: bool,
+        learns: bool, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    x = _dense(x)
+    x = dense(x)
     gh = plain.like(gh, x)
     g_bias = x.new_empty(0) if bias is None else gh.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
-    if not runs_triton(x, num_frames):
+    if not triton:
         return *plain.motion_conv_backward(gh, x, num_frames, weight, s, inverse_norm, learns), g_bias
     from . import triton_sme
     convolution = torch.ops.aten.convolution_backward
@@ -242,16 +245,16 @@ def _motion_conv_backward(
 @_fake
 def _fake_motion_conv_backward(
         gh: Tensor, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor,
-        learns: bool,
+        learns: bool, *, triton: bool,
 ) -> Tuple[Tensor, ...]:
-    return torch.empty_like(_dense(x)), _gradient(x, weight if learns else None), _gradient(x, bias)
+    return torch.empty_like(dense(x)), _gradient(x, weight if learns else None), _gradient(x, bias)
 
 
 @_implement
-def _rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, ...]:
-    x = _dense(x)
+def _rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int, *, triton: bool) -> Tuple[Tensor, ...]:
+    x = dense(x)
     shortcut = plain.like(shortcut, x)
-    if not runs_triton(x, num_frames):
+    if not triton:
         y = (x + shortcut).relu_()
         return y, *plain.similarity(y, num_frames)
     from . import triton_sme
@@ -259,34 +262,34 @@ def _rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor
 
 
 @_fake
-def _fake_rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, ...]:
+def _fake_rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int, *, triton: bool) -> Tuple[Tensor, ...]:
     n, _, height, width = x.shape
-    return torch.empty_like(_dense(x)), *(x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(dense(x)), *(x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
 
 
 @_implement
 def _motion_product(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor,
+        x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, s: Tensor, inverse_norm: Tensor, *, triton: bool,
 ) -> Tensor:
-    x = _dense(x)
-    if not runs_triton(x, num_frames):
+    x = dense(x)
+    if not triton:
         return plain.product(x, s, weight.flatten(1), bias, residual=False)
     from . import triton_sme
     return triton_sme.motion_product(x, weight, bias, s)
 
 
 @_fake
-def _fake_motion_product(x: Tensor, num_frames: int, weight: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(_dense(x))
+def _fake_motion_product(x: Tensor, num_frames: int, weight: Tensor, *args: Any, triton: bool) -> Tensor:
+    return torch.empty_like(dense(x))
 
 
 @_implement
 def _sme(
         x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, mean: Maybe, var: Maybe, gamma: Maybe, beta: Maybe,
-        eps: float, s: Maybe,
+        eps: float, s: Maybe, *, triton: bool,
 ) -> Tensor:
-    x = _dense(x)
-    if not runs_triton(x, num_frames):
+    x = dense(x)
+    if not triton:
         if s is None:
             s, _ = plain.similarity(x, num_frames)
         return plain.normed_product(x, s, weight, bias, mean, var, gamma, beta, eps)
@@ -295,18 +298,20 @@ def _sme(
 
 
 @_fake
-def _fake_sme(x: Tensor, num_frames: int, weight: Tensor, *norm: Any) -> Tensor:
-    return torch.empty_like(_dense(x))  # as many channels come out as went in
+def _fake_sme(x: Tensor, num_frames: int, weight: Tensor, *norm: Any, triton: bool) -> Tensor:
+    return torch.empty_like(dense(x))  # as many channels come out as went in
 
 
-# Derivatives. An empty gradient stands for the None of a tensor that was not there.
+# Derivatives. An empty gradient stands for the None of a tensor that was not there. A backward pass has the form of its
+# forward pass: it may run in another thread, which knows of no path that was forced.
 
 def _gradients(inputs: Sequence[Maybe], gradients: Sequence[Tensor]) -> List[Maybe]:
     return [None if given is None else g for given, g in zip(inputs, gradients)]
 
 
-def _save_front(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+def _save_front(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Tuple[Tensor, ...]) -> None:
     x, ctx.num_frames, *weights = inputs
+    ctx.form = keyword_only_inputs
     ctx.save_for_backward(x, *weights[:5], *output[1:], *weights[5:7])
     ctx.convolution = weights[7:]
     ctx.mark_non_differentiable(*output[1:])
@@ -318,16 +323,18 @@ def _differentiate_front(ctx: Any, gy: Maybe, *rest: Any) -> Tuple[Any, ...]:
     if gy is None:
         return (None,) * (2 + len(tensors) - 4 + len(ctx.convolution))
     if len(tensors) == 9:
-        gx, *gradients = _OPS.front_backward(gy, x, ctx.num_frames, *tensors)
+        gx, *gradients = _OPS.front_backward(gy, x, ctx.num_frames, *tensors, **ctx.form)
         return gx, None, *_gradients(tensors[:5], gradients)
     learns = ctx.needs_input_grad[7]  # a weight that is frozen, as a pretrained network's may be, costs nothing
-    gx, *gradients = _OPS.front_conv_backward(gy, x, ctx.num_frames, *tensors, *ctx.convolution, learns)
+    gx, *gradients = _OPS.front_conv_backward(
+        gy, x, ctx.num_frames, *tensors, *ctx.convolution, learns, **ctx.form)
     inputs = [*tensors[:5], tensors[9] if learns else None, tensors[10]]
     return gx, None, *_gradients(inputs, gradients), None, None, None, None
 
 
-def _save_motion(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+def _save_motion(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Tuple[Tensor, ...]) -> None:
     x, ctx.num_frames, weight, bias = inputs
+    ctx.form = keyword_only_inputs
     ctx.save_for_backward(x, weight, bias, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -339,12 +346,13 @@ def _differentiate_motion(ctx: Any, gh: Maybe, *rest: Any) -> Tuple[Any, ...]:
     x, weight, bias, s, inverse_norm = ctx.saved_tensors
     learns = ctx.needs_input_grad[2]
     gx, g_weight, g_bias = _OPS.motion_conv_backward(
-        gh, x, ctx.num_frames, weight, bias, s, inverse_norm, learns)
+        gh, x, ctx.num_frames, weight, bias, s, inverse_norm, learns, **ctx.form)
     return gx, None, g_weight if learns else None, None if bias is None else g_bias
 
 
-def _save_product(ctx: Any, inputs: Tuple[Any, ...], output: Tensor) -> None:
+def _save_product(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Tensor) -> None:
     x, ctx.num_frames, *tensors = inputs
+    ctx.form = keyword_only_inputs
     ctx.save_for_backward(x, *tensors)
 
 
@@ -353,7 +361,7 @@ def _differentiate_product(ctx: Any, gh: Tensor) -> Tuple[Any, ...]:
     return *_differentiate_motion(ctx, gh), None, None
 
 
-def _save_sum(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[Tensor, ...]) -> None:
+def _save_sum(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[0])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -370,7 +378,7 @@ def _refuse(ctx: Any, *gradients: Any) -> None:
         "cmr_layers.ops.use_path('reference')")
 
 
-def _save_nothing(ctx: Any, inputs: Tuple[Any, ...], output: Any) -> None:
+def _save_nothing(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Any) -> None:
     pass
 
 

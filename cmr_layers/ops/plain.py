@@ -10,6 +10,7 @@ from typing import Iterator, List, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from .layout import is_channels_last
 from .vectors import attention, gate_backward, key_bound, taps_backward
 
 __all__ = [
@@ -27,10 +28,6 @@ _FINITE = 1e38
 
 def _acc(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _blocks(x: Tensor, num_frames: int, dim: int, *others: Tensor) -> Iterator[List[Tensor]]:
@@ -52,7 +49,7 @@ def _blocks(x: Tensor, num_frames: int, dim: int, *others: Tensor) -> Iterator[L
 
 def _outer(x: Tensor) -> int:
     """The outer one of the dimensions C and H*W of frames, along which blocks are long runs of memory."""
-    return 2 if _is_channels_last(x) else 1
+    return 2 if is_channels_last(x) else 1
 
 
 def like(g: Tensor, x: Tensor) -> Tensor:
@@ -241,7 +238,7 @@ def product(x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], residu
 
     x (1 - s) and the sum that the product is added to are only ever made for the pixels of one matrix product.
     """
-    dtype, channels_last, y = _product_dtype(x), _is_channels_last(x), torch.empty_like(x)
+    dtype, channels_last, y = _product_dtype(x), is_channels_last(x), torch.empty_like(x)
     weight = weight.to(dtype)
     start = x.new_zeros(1, 1) if bias is None else bias.unsqueeze(1)
     views = (_matrices(v, channels_last) for v in (x, y, (1 - s).to(dtype).unsqueeze(1)))
@@ -288,7 +285,7 @@ def motion_conv_backward(
     Returns:
         Gradients of x, like x, and of the weight, in its dtype, or empty.
     """
-    acc, dtype, channels_last, (n, channels, height, width) = _acc(x), _product_dtype(x), _is_channels_last(x), x.shape
+    acc, dtype, channels_last, (n, channels, height, width) = _acc(x), _product_dtype(x), is_channels_last(x), x.shape
     gx, g_weight = torch.empty_like(x), x.new_zeros(channels, channels, dtype=acc)
     matrix = weight.flatten(1).t().to(dtype)
     views = (_matrices(v, channels_last) for v in (x, like(gh, x), gx, (1 - s).to(dtype).unsqueeze(1)))

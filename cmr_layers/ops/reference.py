@@ -19,8 +19,9 @@ def clips(x: Tensor, num_frames: int) -> Tensor:
     """Frames (B*T, ...) to clips (B, T, ...); the first axis has to hold whole clips."""
     size = [x.shape[0] // num_frames, num_frames] + list(x.shape[1:])
     # The expand changes nothing but what a tracer knows: to it a split of N leaves N // (N // T) frames, not T, and
-    # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end.
-    y: Tensor = x.unflatten(0, (size[0], num_frames)).expand(size)
+    # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end. It is a
+    # reshape and no unflatten, as the graphs that torch.onnx makes of the latter puzzle onnxruntime.
+    y: Tensor = x.reshape(size).expand(size)
     return y
 
 
@@ -83,10 +84,10 @@ def tim(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         Clip of x's shape.
     """
-    h, w = x.shape[3], x.shape[4]
-    x = x.flatten(3).transpose(1, 2)
+    b, t, c, h, w = x.shape
+    x = x.reshape(b, t, c, h * w).transpose(1, 2)
     x = F.conv2d(x, weight.unsqueeze(3), padding=(weight.shape[2] // 2, 0), groups=weight.shape[0])
-    y: Tensor = x.transpose(1, 2).unflatten(3, (h, w))
+    y: Tensor = x.transpose(1, 2).reshape(b, t, c, h, w)
     return y
 
 
@@ -107,9 +108,10 @@ def similarity(x: Tensor) -> Tensor:
     if x.shape[1] == 1:
         return torch.ones_like(x[:, :, 0])
     # The squares of huge features would overflow. A cosine does not depend on the scale, so theirs is taken out; the
-    # others are divided by 1.
-    largest = x.detach().abs().amax(2, keepdim=True)
-    x = x / torch.where(largest > 1e15, largest, torch.ones_like(largest))
+    # others are divided by 1. A sum measures it, as onnxruntime can't tell the shape of a maximum; the factor is there
+    # that the sum does not overflow either.
+    size = (x.detach() * 2. ** -16).abs().sum(2, keepdim=True)
+    x = x / torch.where(size > 1e10, size, torch.ones_like(size))
     energy = (x * x).sum(2)
     # Replaced before the root, not after: the gradient of rsqrt at 0 is infinite, and 0 * inf is NaN. Norms below
     # 1e-12 count as zero, since that gradient, norm^-3, would overflow float32.

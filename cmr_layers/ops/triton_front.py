@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import plain
 from .configs import config, next_power_of_2
+from .layout import is_channels_last
 from .vectors import gate_backward, key_bound, taps_backward
 
 # The projections hold a tile of each split at once.
@@ -243,7 +244,7 @@ def _correlate_kernel(
 def strides(x: Tensor) -> Tuple[int, int, int]:
     """Of frame, channel and pixel of (N, C, H, W), contiguous or channels_last."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    return (channels * pixels, *((pixels, 1) if x.is_contiguous() else (1, channels)))
+    return (channels * pixels, *((1, channels) if is_channels_last(x) else (pixels, 1)))
 
 
 def gates(
@@ -289,7 +290,7 @@ def mix(
         x, gate, None if taps is None else taps.contiguous(), offset, y, num_frames, channels, pixels,
         TAPS=0 if taps is None else taps.shape[2],
         GATE='none' if gate is None else 'after' if transpose else 'before',
-        REVERSED=transpose, HAS_OFFSET=offset is not None, CHANNELS_LAST=not x.is_contiguous(), FRAMES=frames, **meta)
+        REVERSED=transpose, HAS_OFFSET=offset is not None, CHANNELS_LAST=is_channels_last(x), FRAMES=frames, **meta)
     return y
 
 

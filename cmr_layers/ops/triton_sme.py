@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import plain
 from .configs import config, next_power_of_2
+from .layout import is_channels_last
 from .triton_front import strides
 
 __all__ = ['motion_conv', 'motion_gradient', 'motion_product', 'rectified_sum', 'similarity', 'sme']
@@ -279,7 +280,7 @@ def _product(
     y = torch.empty_like(x)
     mean, var, gamma, beta, eps = norm
     images, pixels = n, height * width
-    if not x.is_contiguous():  # channels_last is one long row of pixels: no ragged edge at each frame
+    if is_channels_last(x):  # channels_last is one long row of pixels: no ragged edge at each frame
         images, pixels = 1, n * pixels
     meta = config('motion, float32' if x.dtype is torch.float32 else 'motion', x)
     grid = (images * triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(channels, meta['BLOCK_N']),)
