@@ -130,8 +130,7 @@ def _read_file(video: Video, window: _Window) -> Clip:
         pts.append(frame.pts)
         dts.append(frame.dts)
         ticks = getattr(frame, 'duration', 0)
-    if not pts:
-        raise ValueError(_nothing_decodes(video))
+    _check_decoded(video, bool(pts))
     times = presentation_times(pts, dts, video.time_base, video.period)
     wanted = window.sample(name, times, times[-1] + (ticks * video.time_base if ticks else video.period))
     keep, count, result = set(wanted), 0, _Result(video.limits, name)
@@ -157,8 +156,7 @@ def _read_folder(source: Any, window: _Window, limits: Limits, rate: Optional[fl
                 raise ValueError(f'source={paths[i]!r} is a folder; wanted a picture')
             video = Video(reader, limits)
             frame = next(video.frames(), None)
-            if frame is None:
-                raise ValueError(_nothing_decodes(video))
+            _check_decoded(video, frame is not None)
             result.put(frame, [at for at, j in enumerate(wanted) if j == i])
     return Clip(result.tensor(), [float(times[i]) for i in wanted])
 
@@ -188,15 +186,22 @@ class _Result:
         return torch.from_numpy(self.pixels)
 
 
-def _nothing_decodes(video: Video) -> str:
-    why = []
-    if video.reason is not None:
-        why.append(f'FFmpeg says {video.reason!r}, as of damage and of frames far above max_pixels='
-                   f'{video.limits.max_pixels}')
-    if video.corrupt:
-        why.append(f'{video.corrupt} frames or packets are flagged as corrupt')
-    return (f'{video.reader.label} is damaged or empty: not a frame of it decodes ({"; ".join(why) or "it has none"}); '
-            f'wanted a video file')
+def _check_decoded(video: Video, anything: bool) -> None:
+    """Raise a ValueError that says why if nothing decoded, or if FFmpeg refused a frame for its size, not for damage."""
+    if anything and video.reason is None:
+        return
+    said, name = video.complaints(), video.reader.label
+    sizes = [line for line in said if 'max pixel count' in line]
+    if sizes:
+        raise ValueError(
+            f'{name} has frames that are too large ({sizes[0]}); wanted at most max_pixels={video.limits.max_pixels} '
+            f'pixels in a frame')
+    if not anything:
+        reasons = ([] if video.reason is None else [video.reason]) + said[:4]
+        flagged = f' ({video.corrupt} are flagged as corrupt)' if video.corrupt else ''
+        raise ValueError(
+            f'{name}: not a frame of it decodes{flagged}; FFmpeg says: {"; ".join(reasons) or "nothing"}; wanted a '
+            f'video file that it decodes')
 
 
 def _check_index(name: str, value: Any) -> int:

@@ -3,7 +3,7 @@ import errno
 import os
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any, Iterator, Optional
+from typing import Any, Iterator, List, Optional
 
 from ..clip import check_positive
 from .source import Reader
@@ -30,6 +30,9 @@ FORMATS = (
     # sound, to say that there is no video in it
     'aac', 'ac3', 'aiff', 'ape', 'flac', 'mp3', 'wav', 'w64', 'wv',
 )
+
+# What FFmpeg logs since codec_whitelist keeps it from decoding while it opens a file
+OF_THE_WHITELIST = ('not on whitelist', 'avformat_find_stream_info', 'codec parameters', 'Consider increasing')
 
 
 class Limits:
@@ -70,8 +73,8 @@ class Video:
         stream: Which of its video streams; None is the best.
 
     Attributes:
-        reason: What FFmpeg said last of what does not decode.
-        corrupt: How many frames were skipped since FFmpeg flags them.
+        reason: What FFmpeg said last of what does not decode; None if everything did.
+        corrupt: How many frames and packets were skipped since FFmpeg flags them.
         time_base: Seconds of a tick of the frames' time stamps.
         period: Seconds of a frame.
     """
@@ -81,6 +84,7 @@ class Video:
         self.reader, self.limits, self.stream = reader, limits, stream
         self.reason: Optional[str] = None
         self.corrupt = 0
+        self.threads = min(os.cpu_count() or 1, 4)
         self.time_base, self.period = Fraction(1), Fraction(1, 25)
 
     def frames(self) -> Iterator[Any]:
@@ -100,7 +104,7 @@ class Video:
             self.time_base = stream.time_base or Fraction(1)
             self.period = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
             # Threads by slice, not by frame: those lose frames next to damaged ones, and each has frames of its own
-            stream.thread_type, stream.thread_count = 'SLICE', min(os.cpu_count() or 1, 4)
+            stream.thread_type, stream.thread_count = 'SLICE', self.threads
             stream.codec_context.options = {
                 # Sizes are checked below too. This is for what FFmpeg allocates before, for coded sizes, which are
                 # rounded up
@@ -120,6 +124,22 @@ class Video:
                         self.corrupt += 1
                     else:
                         yield frame
+
+    def complaints(self) -> List[str]:
+        """What FFmpeg logs while it decodes the file: there it says why, in its errors only that."""
+        logging = self.av.logging
+        level, threads = logging.get_level(), self.threads
+        self.threads = 1  # PyAV's log can wait forever for FFmpeg's threads, and they for it
+        logging.set_level(logging.WARNING)
+        try:
+            with logging.Capture() as logs:
+                for _ in self.frames():
+                    pass
+        finally:
+            logging.set_level(level)
+            self.threads = threads
+        said = dict.fromkeys(message.strip() for _, _, message in logs)
+        return [line for line in said if not any(words in line for words in OF_THE_WHITELIST)]
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
