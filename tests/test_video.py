@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import cmr_layers
 from cmr_layers.video import ClipTransform, read_clip, sample_indices
@@ -287,6 +290,47 @@ class TestClipTransform:
         assert ClipTransform(cmr_layers.ClipModel(model)).std == (.5, .5, .5)
         assert ClipTransform(nn.Sequential()).mean == pytest.approx((.485, .456, .406))
         assert ClipTransform(model, mean=[.1, .2, .3], std=[1, 2, 3]).std == (1, 2, 3)
+
+    def test_of_a_wrapped_model(self, tmp_path):
+        model = timm.create_model('vit_tiny_patch16_224')
+        wrapped = [
+            torch.compile(model), nn.DataParallel(model), nn.Sequential(model, nn.Softmax(-1)), ModelEmaV3(model),
+            AveragedModel(model), cmr_layers.ClipModel(torch.compile(model)),
+            torch.compile(cmr_layers.ClipModel(model)),
+            nn.ModuleDict({'video': nn.Sequential(nn.Identity(), ModelEmaV3(torch.compile(model)))}),
+        ]
+        if torch.distributed.is_available():
+            torch.distributed.init_process_group('gloo', f'file://{tmp_path}/group', rank=0, world_size=1)
+            try:
+                wrapped += [DistributedDataParallel(model), torch.compile(DistributedDataParallel(model))]
+            finally:
+                torch.distributed.destroy_process_group()
+        for wrapper in wrapped:
+            transform = ClipTransform(wrapper)
+            assert (transform.mean, transform.std) == ((.5, .5, .5), (.5, .5, .5)), type(wrapper)
+            resize = transform._crop.transforms[0]
+            assert resize.interpolation.value == model.pretrained_cfg['interpolation'] == 'bicubic'
+
+    def test_models_that_disagree(self):
+        halves, imagenet = timm.create_model('vit_tiny_patch16_224'), timm.create_model('resnet18')
+        both = nn.Sequential(halves, imagenet)
+        with pytest.raises(ValueError, match=r'model \(Sequential\) holds 2 timm models that disagree: mean=\(0.5, .*; '
+                                             r'give mean= and std='):
+            ClipTransform(both)
+        with pytest.raises(ValueError, match='give mean= and std='):
+            ClipTransform(both, mean=[0, 0, 0])
+        assert ClipTransform(both, mean=[0, 0, 0], std=[1, 1, 1]).std == (1, 1, 1)
+        assert ClipTransform(nn.Sequential(halves, timm.create_model('vit_tiny_patch16_224'))).mean == (.5, .5, .5)
+
+    def test_the_outermost_model_decides(self):
+        outer = timm.create_model('vit_tiny_patch16_224')
+        outer.helper = timm.create_model('resnet18')
+        assert ClipTransform(nn.Sequential(outer)).mean == (.5, .5, .5)
+
+    @pytest.mark.parametrize('model', ['resnet18', timm.create_model, torch.zeros(1), {}])
+    def test_what_is_no_model(self, model):
+        with pytest.raises(TypeError, match=r'model must be an nn\.Module, got'):
+            ClipTransform(model)
 
     def test_feeds_a_model(self):
         model = timm.create_model('cmr_resnet18', num_frames=2, num_classes=5).eval()

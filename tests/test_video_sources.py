@@ -63,7 +63,7 @@ def server():
 
     requests = []
     with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
+        thread = threading.Thread(target=running.serve_forever, args=(.01,))
         thread.start()
         yield f'http://127.0.0.1:{running.server_port}', requests
         running.shutdown()
@@ -92,7 +92,7 @@ def test_playlists_and_scripts_open_nothing(folder, server, kind, end):
     for target in (folder / 'secret.mp4', 'secret.mp4', f'file:{folder / "secret.mp4"}', f'{address}/a.mp4'):
         path = folder / f'list.{end}'
         path.write_text(SCRIPTS[kind].format(path=target, own=path))
-        with pytest.raises(ValueError, match=r"source=.*list\..* is not a video that FFmpeg can read"):
+        with pytest.raises(ValueError, match=r'source=.*list\..* is not a video that FFmpeg can read'):
             read_clip(path, 2)
     assert requests == []
 
@@ -115,7 +115,8 @@ def test_a_name_is_no_address(folder, server, name):
     assert requests == []
 
 
-@pytest.mark.parametrize('name', ['a:b.mp4', 'file:x', 'http:x.mp4', 'frame%d.mp4', 'concat:a|b', '-', 'clip', 'é\u4e2d.mp4'])
+@pytest.mark.parametrize('name', [
+    'a:b.mp4', 'file:x', 'http:x.mp4', 'frame%d.mp4', 'concat:a|b', '-', 'clip', 'é\u4e2d.mp4'])
 def test_relative_names_that_mean_something_to_ffmpeg(folder, name):
     (folder / name).write_bytes((folder / 'secret.mp4').read_bytes())
     assert read_levels(read_clip(name, 5)) == [1, 3, 5, 7, 9]
@@ -142,7 +143,7 @@ def test_a_movie_that_refers_to_another_file(folder):
     media = data.index(b'mdat')
     data[media + 4:media + 400] = bytes(396)
     (folder / 'alias.mov').write_bytes(data)
-    with pytest.raises(ValueError, match='source=.*alias.mov'):
+    with pytest.raises(ValueError, match=r'source=.*alias\.mov'):
         read_clip(folder / 'alias.mov')
 
 
@@ -160,11 +161,12 @@ def test_what_is_no_regular_file(folder):
             read_clip('socket.mp4')
     with pytest.raises(ValueError, match='is not a regular file but a device'):
         read_clip('/dev/zero')
-    with open('/dev/zero', 'rb') as file, pytest.raises(ValueError, match="'/dev/zero'> is not a regular file but a device"):
+    with open('/dev/zero', 'rb') as file, pytest.raises(ValueError, match="zero'> is not a regular file but a device"):
         read_clip(file)
     reading, writing = os.pipe()
-    with open(reading, 'rb') as file, open(writing, 'wb'), pytest.raises(ValueError, match='not a regular file but a pipe'):
-        read_clip(file)
+    with open(reading, 'rb') as file, open(writing, 'wb'):
+        with pytest.raises(ValueError, match='is not a regular file but a pipe'):
+            read_clip(file)
 
 
 def test_a_link_to_a_file(folder):
@@ -283,10 +285,10 @@ class TestFolder:
 
     def test_errors(self, folder):
         (folder / 'empty').mkdir()
-        with pytest.raises(ValueError, match='empty.* is a folder without pictures; wanted a video file, or frames named'):
+        with pytest.raises(ValueError, match=r'empty.* is a folder without pictures; wanted a video file, or frames'):
             read_clip(folder / 'empty')
         (folder / 'empty/1.png').write_bytes(b'no picture')
-        with pytest.raises(ValueError, match='1.png.* is not a video'):
+        with pytest.raises(ValueError, match=r'1\.png.* is not a video'):
             read_clip(folder / 'empty')
         for rate in (0, -1, float('nan'), '1', True):
             with pytest.raises(ValueError, match=r'rate must be a number'):

@@ -187,7 +187,7 @@ class _Result:
 
 
 def _check_decoded(video: Video, anything: bool) -> None:
-    """Raise a ValueError that says why if nothing decoded, or if FFmpeg refused a frame for its size, not for damage."""
+    """Raise a ValueError that says why, if nothing decoded or FFmpeg refused a frame for its size, not for damage."""
     if anything and video.reason is None:
         return
     said, name = video.complaints(), video.reader.label

@@ -3,7 +3,7 @@ import errno
 import os
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any, Iterator, List, Optional
+from typing import Any, Iterator, List, Optional, Set
 
 from ..clip import check_positive
 from .source import Reader
@@ -74,7 +74,7 @@ class Video:
 
     Attributes:
         reason: What FFmpeg said last of what does not decode; None if everything did.
-        corrupt: How many frames and packets were skipped since FFmpeg flags them.
+        corrupt: How many frames were skipped since FFmpeg flags them or their packets.
         time_base: Seconds of a tick of the frames' time stamps.
         period: Seconds of a frame.
     """
@@ -112,7 +112,10 @@ class Video:
                 # H.264 that does not say how far its frames are out of order: wait for all there can be
                 'strict': '1',
             }
+            flagged: Set[int] = set()  # a packet that FFmpeg flags is decoded, for the sake of those predicted from it
             for packet in self._packets(container, stream):
+                if packet is not None and packet.is_corrupt and packet.pts is not None:
+                    flagged.add(packet.pts)
                 try:
                     frames = stream.codec_context.decode(packet)
                 except self.av.error.FFmpegError as error:
@@ -120,7 +123,8 @@ class Video:
                     continue
                 for frame in frames:
                     self.limits.check(label, frame.width, frame.height)
-                    if frame.is_corrupt:
+                    if frame.is_corrupt or frame.pts in flagged:
+                        flagged.discard(frame.pts)
                         self.corrupt += 1
                     else:
                         yield frame
@@ -188,11 +192,7 @@ class Video:
     def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
         """The packets of a stream, up to where the file can no longer be read, and the one that flushes the decoder."""
         try:
-            for packet in container.demux(stream):
-                if packet.size == 0 or not packet.is_corrupt:
-                    yield packet
-                else:
-                    self.corrupt += 1
+            yield from container.demux(stream)
         except self.av.error.FFmpegError as error:
             self.reason = error.strerror
             yield None
