@@ -371,6 +371,47 @@ class TestLimits:
         clip = read_clip('grows.ts', 4)
         assert clip.frames.shape == (4, 3, 48, 64) and clip.frames[-1].float().mean() == pytest.approx(80, abs=2)
 
+    @pytest.mark.parametrize('count', [3000, 10 ** 7, 2 ** 32 - 1])
+    def test_a_small_movie_that_says_it_has_many_frames(self, folder, count):
+        """FFmpeg would take 70 bytes for each."""
+        data = bytearray((folder / 'secret.mp4').read_bytes())
+        at = data.index(b'stsz') + 8
+        data[at:at + 8] = struct.pack('>II', 1, count)
+        (folder / 'many.mp4').write_bytes(data)
+        message = rf'many.mp4.* is damaged: it declares {count} samples in {len(data)} bytes'
+        assert len(data) < 3000
+        with pytest.raises(ValueError, match=message):
+            read_clip('many.mp4')
+
+    def test_a_fragment_that_says_it_has_many_frames(self, folder):
+        fragmented = io.BytesIO()
+        options = {'movflags': 'frag_keyframe+empty_moov+default_base_moof'}
+        with av.open(fragmented, 'w', format='mp4', options=options) as container:
+            stream = container.add_stream('libx264', rate=RATE)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
+            for i in range(10):
+                frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), LEVEL * i, np.uint8), format='rgb24')
+                frame.pts, frame.time_base = i, Fraction(1, RATE)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+        assert read_levels(read_clip(fragmented, 5)) == [1, 3, 5, 7, 9]
+        data = bytearray(fragmented.getvalue())
+        at = data.index(b'trun') + 4
+        data[at:at + 8] = struct.pack('>II', 1, 10 ** 7)
+        with pytest.raises(ValueError, match='it declares 10000000 samples in'):
+            read_clip(io.BytesIO(data))
+
+    @pytest.mark.timeout(20)
+    @pytest.mark.parametrize('data', [
+        struct.pack('>I4s', 8, b'moov') * 2000,
+        b''.join(struct.pack('>I4s', 8 * (2000 - i), b'moov') for i in range(2000)),
+        struct.pack('>I4sQ', 1, b'moov', 0) * 20, struct.pack('>I4sQ', 1, b'moov', 2 ** 64 - 1) * 20,
+        struct.pack('>I4s', 0, b'trak') * 20, struct.pack('>I4s', 24, b'stsz') + bytes(3),
+    ])
+    def test_boxes_in_boxes(self, data):
+        with pytest.raises(ValueError, match='is not a video'):
+            read_clip(io.BytesIO(struct.pack('>I4s', 8, b'ftyp') + data))
+
     @pytest.mark.parametrize('name', ['max_pixels', 'max_clip_pixels'])
     @pytest.mark.parametrize('value', [0, -1, 2.5, True, None])
     def test_wrong_limits(self, folder, name, value):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..clip import check_choice
 from .clock import presentation_times
-from .decode import MAX_CLIP_PIXELS, MAX_PIXELS, Limits, Video
+from .decode import MAX_CLIP_PIXELS, MAX_PIXELS, Limits, Video, import_av
 from .picture import picture
 from .sample import Seconds, check_seconds, in_window, sample_indices, sample_times
 from .source import Source, label, list_pictures, open_source
@@ -170,7 +170,14 @@ class _Result:
 
     def put(self, frame: Any, at: Iterable[int]) -> None:
         """Keep a frame, at each of some places of the clip."""
-        image = picture(frame, None if self.pixels is None else self._size())
+        try:
+            image = picture(frame, None if self.pixels is None else self._size())
+        except import_av().error.FFmpegError as error:
+            if isinstance(error, OSError):  # such as no memory or no threads
+                raise
+            raise ValueError(
+                f'{self.name} has frames of format {frame.format.name}, which FFmpeg does not turn into RGB: '
+                f'{error.strerror}') from error
         if self.pixels is None:
             self.limits.check(self.name, image.shape[2], image.shape[1])
             self.pixels = np.empty((self.limits.num_frames, *image.shape), np.uint8)

@@ -6,9 +6,10 @@ from fractions import Fraction
 from typing import Any, Iterator, List, Optional, Set
 
 from ..clip import check_positive
+from .movie import check_movie
 from .source import Reader
 
-__all__ = ['MAX_CLIP_PIXELS', 'MAX_PIXELS', 'Limits', 'Video']
+__all__ = ['MAX_CLIP_PIXELS', 'MAX_PIXELS', 'Limits', 'Video', 'import_av']
 
 #: Pixels of a frame, at most: 8K (7680x4320) has fewer.
 MAX_PIXELS = 2 ** 25
@@ -81,6 +82,7 @@ class Video:
 
     def __init__(self, reader: Reader, limits: Limits, stream: Optional[int] = None) -> None:
         self.av = import_av()
+        check_movie(reader)
         self.reader, self.limits, self.stream = reader, limits, stream
         self.reason: Optional[str] = None
         self.corrupt = 0
