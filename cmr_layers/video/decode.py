@@ -164,6 +164,7 @@ class Video:
             container = self.av.open(
                 self.reader, container_options=options, metadata_errors='replace', io_open=refuse)
         except self.av.error.FFmpegError as error:
+            self.reader.check()
             if error.errno == errno.EINVAL:  # what the whitelist answers
                 raise ValueError(
                     f'{label} is not a video that FFmpeg can read here: playlists, scripts and other formats that '
@@ -171,6 +172,7 @@ class Video:
             raise ValueError(
                 f'{label} is not a video that FFmpeg can read: {error.strerror}; wanted a video file') from error
         with container:
+            self.reader.check()
             yield container
 
     def _choose(self, container: Any) -> Any:
@@ -198,6 +200,7 @@ class Video:
         except self.av.error.FFmpegError as error:
             self.reason = error.strerror
             yield None
+        self.reader.check()  # a disk that fails is no end of the file
 
 
 def _pixels(stream: Any) -> int:

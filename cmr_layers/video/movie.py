@@ -17,6 +17,7 @@ DEPTH = 10  # as deep as FFmpeg looks
 def check_movie(reader: Reader) -> None:
     """Raise a ValueError if an MP4 declares more samples than it has bytes. Other formats have no such boxes."""
     samples = _samples(reader, 0, reader.size, DEPTH)
+    reader.check()
     if samples > reader.size:
         raise ValueError(
             f'{reader.label} is damaged: it declares {samples} samples in {reader.size} bytes; wanted a video file')
@@ -29,7 +30,7 @@ def _samples(reader: Reader, begin: int, end: int, depth: int) -> int:
             total += _samples(reader, start, stop, depth - 1)
         elif kind in (b'stsz', b'trun') and start + 12 <= stop:
             reader.seek(start)
-            _, first, second = struct.unpack('>3I', reader.read(12))
+            _, first, second = struct.unpack('>3I', reader.read(12).ljust(12, b'\0'))
             total += second if kind == b'stsz' else first
     return total
 
@@ -38,7 +39,7 @@ def _boxes(reader: Reader, at: int, end: int) -> Iterator[Tuple[bytes, int, int]
     """Kind, start and end of the content of each box."""
     while at + 16 <= end:
         reader.seek(at)
-        size, kind, long_size = struct.unpack('>I4sQ', reader.read(16))
+        size, kind, long_size = struct.unpack('>I4sQ', reader.read(16).ljust(16, b'\0'))  # short if reading fails
         head = 8
         if size == 1:
             size, head = long_size, 16

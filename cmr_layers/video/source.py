@@ -20,6 +20,8 @@ PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 class Reader:
     """The file that FFmpeg sees: without a name, and of the size it had when it was opened.
 
+    An error ends the file for FFmpeg, through which not every PyAV lets one pass. :meth:`check` raises it.
+
     Args:
         file: Binary file that can seek.
         label: What errors call it.
@@ -29,33 +31,50 @@ class Reader:
         ValueError: It cannot seek.
     """
 
+    error: Optional[Exception]
+
     def __init__(self, file: Any, label: str) -> None:
         self.file, self.label = file, label
+        self.position, self.error = 0, None
         try:
             self.size = file.seek(0, os.SEEK_END)
             if self.size is None:
                 self.size = file.tell()
-            self.seek(0)
+            file.seek(0)
         except (AttributeError, OSError, ValueError) as error:
             raise ValueError(f'{label} must be a file that can seek from its end, since it is read twice') from error
 
     def read(self, size: int) -> bytes:
-        # PyAV copies what it gets, however much that is
         size = min(size, max(self.size - self.position, 0))
-        data: Any = self.file.read(size) if size else b''
-        if not isinstance(data, bytes) or len(data) > size:
-            got = f'{len(data)} bytes' if isinstance(data, bytes) else type(data).__name__
-            raise TypeError(f'{self.label} must be a binary file; read({size}) returned {got}')
+        if size == 0 or self.error is not None:
+            return b''
+        try:
+            data: Any = self.file.read(size)
+            if not isinstance(data, bytes) or len(data) > size:  # PyAV copies what it gets, however much that is
+                got = f'{len(data)} bytes' if isinstance(data, bytes) else type(data).__name__
+                raise TypeError(f'{self.label} must be a binary file; read({size}) returned {got}')
+        except Exception as error:
+            self.error = error
+            return b''
         self.position += len(data)
         return data
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        position = offset + (0, getattr(self, 'position', 0), self.size)[whence]
+        position: int = offset + (0, self.position, self.size)[whence]
         if position < 0:
             return -1  # as FFmpeg wants it: damaged files point anywhere
-        self.file.seek(position)
+        try:
+            self.file.seek(position)
+        except Exception as error:
+            self.error = error
+            return -1
         self.position = position
         return position
+
+    def check(self) -> None:
+        """Raise the error that reading met, if any."""
+        if self.error is not None:
+            raise self.error
 
     def tell(self) -> int:
         return self.position
