@@ -1,4 +1,5 @@
 """Which frames of a video are a clip, and how they are shown: clocks, windows, streams, display matrices, damage."""
+import io
 import struct
 from fractions import Fraction
 
@@ -220,6 +221,24 @@ class TestStreams:
             order = [stream.width for stream in container.streams.video]
         cover = read_clip(path, 1, stream=order.index(160))
         assert cover.frames.shape == (1, 3, 160, 160) and cover.frames.float().mean() == pytest.approx(200, abs=2)
+
+    def test_an_attachment_is_a_cover(self, tmp_path):
+        """Matroska has covers as attachments, which FFmpeg lists as streams."""
+        cover, path = io.BytesIO(), tmp_path / 'film.mkv'
+        Image.new('RGB', (160, 160), (200,) * 3).save(cover, 'jpeg')
+        with av.open(str(path), 'w') as container:
+            if not hasattr(container, 'add_attachment'):
+                pytest.skip('this PyAV attaches nothing')
+            container.add_attachment('cover.jpg', 'image/jpeg', cover.getvalue())
+            stream = container.add_stream('libx264', rate=RATE)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
+            frame = grey(80)
+            frame.pts, frame.time_base = 0, Fraction(1, RATE)
+            container.mux([*stream.encode(frame), *stream.encode()])
+        with av.open(str(path)) as container:
+            assert len(container.streams.video) == 2
+        clip = read_clip(path, 1)
+        assert clip.frames.shape == (1, 3, 48, 64) and clip.frames.float().mean() == pytest.approx(80, abs=2)
 
     def test_a_picture_that_is_not_flagged_is_not_the_default_film(self, tmp_path):
         path = write_streams(tmp_path / 'film.mkv', [
