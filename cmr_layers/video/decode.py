@@ -96,21 +96,18 @@ class Video:
             ValueError: FFmpeg cannot read the file, it holds no video, or a frame is too large.
         """
         label, self.corrupt = self.reader.label, 0
+        # Time stamps of MPEG are right only if FFmpeg decodes some frames while it opens the file, which it must not do
+        # before their size is known: from headers and parsers
+        with self._open(codec_whitelist='none') as container:
+            self._choose(container)
         with self._open() as container:
             stream = self._choose(container)
-            if stream.codec_context is None:
-                raise ValueError(
-                    f'{label} holds video of a codec that FFmpeg does not know or has no decoder for; wanted a video '
-                    f'file that it decodes')
-            self.limits.check(label, stream.codec_context.width, stream.codec_context.height)
             self.time_base = stream.time_base or Fraction(1)
             self.period = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
             # Threads by slice, not by frame: those lose frames next to damaged ones, and each has frames of its own
             stream.thread_type, stream.thread_count = 'SLICE', self.threads
             stream.codec_context.options = {
-                # Sizes are checked below too. This is for what FFmpeg allocates before, for coded sizes, which are
-                # rounded up
-                'max_pixels': str(2 * self.limits.max_pixels + 2 ** 20),
+                'max_pixels': self._max_pixels,
                 # H.264 that does not say how far its frames are out of order: wait for all there can be
                 'strict': '1',
             }
@@ -147,22 +144,23 @@ class Video:
         said = dict.fromkeys(message.strip() for _, _, message in logs)
         return [line for line in said if not any(words in line for words in OF_THE_WHITELIST)]
 
+    @property
+    def _max_pixels(self) -> str:
+        """For what FFmpeg allocates before a frame is there to be checked. Coded sizes are rounded up."""
+        return str(2 * self.limits.max_pixels + 2 ** 20)
+
     @contextmanager
-    def _open(self) -> Iterator[Any]:
+    def _open(self, **options: str) -> Iterator[Any]:
         def refuse(url: str, *_: Any) -> None:
             raise ValueError(f'{label} names another file, {url!r}, which is not opened; wanted a video in one file')
 
         label = self.reader.label
         self.reader.seek(0)
-        options = {
-            'format_whitelist': ','.join(FORMATS),
-            'protocol_whitelist': 'none',
-            # Sizes are known from headers and parsers. FFmpeg would decode to learn more, before they can be checked
-            'codec_whitelist': 'none',
-        }
+        options = {'format_whitelist': ','.join(FORMATS), 'protocol_whitelist': 'none', **options}
         try:
             container = self.av.open(
-                self.reader, container_options=options, metadata_errors='replace', io_open=refuse)
+                self.reader, options={'max_pixels': self._max_pixels}, container_options=options,
+                metadata_errors='replace', io_open=refuse)
         except self.av.error.FFmpegError as error:
             self.reader.check()
             if error.errno == errno.EINVAL:  # what the whitelist answers
@@ -176,7 +174,20 @@ class Video:
             yield container
 
     def _choose(self, container: Any) -> Any:
-        """The stream asked for, or the best: no cover art, the default before others, the largest of those."""
+        """The stream asked for, or the best: no cover art, the default before others, the largest of those.
+
+        Raises:
+            ValueError: There is none, it cannot be decoded, or its frames are too large.
+        """
+        stream = self._best(container)
+        if stream.codec_context is None:
+            raise ValueError(
+                f'{self.reader.label} holds video of a codec that FFmpeg does not know or has no decoder for; wanted a '
+                f'video file that it decodes')
+        self.limits.check(self.reader.label, stream.codec_context.width, stream.codec_context.height)
+        return stream
+
+    def _best(self, container: Any) -> Any:
         label, streams = self.reader.label, container.streams.video
         if not streams:
             raise ValueError(f'{label} holds no video ({container.format.long_name}); wanted a video file')

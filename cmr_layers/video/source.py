@@ -64,7 +64,7 @@ class Reader:
         if position < 0:
             return -1  # as FFmpeg wants it: damaged files point anywhere
         try:
-            self.file.seek(position)
+            self.file.seek(min(position, self.size))  # damaged files point where no file can be
         except Exception as error:
             self.error = error
             return -1
