@@ -157,10 +157,12 @@ class Video:
         label = self.reader.label
         self.reader.seek(0)
         options = {'format_whitelist': ','.join(FORMATS), 'protocol_whitelist': 'none', **options}
+        # PyAV 14.1 frees what is not its own when it gets options for streams that appear while FFmpeg looks for them
+        codec_options = {'max_pixels': self._max_pixels} if int(self.av.__version__.split('.')[0]) >= 18 else None
         try:
             container = self.av.open(
-                self.reader, options={'max_pixels': self._max_pixels}, container_options=options,
-                metadata_errors='replace', io_open=refuse)
+                self.reader, options=codec_options, container_options=options, metadata_errors='replace',
+                io_open=refuse)
         except self.av.error.FFmpegError as error:
             self.reader.check()
             if error.errno == errno.EINVAL:  # what the whitelist answers
