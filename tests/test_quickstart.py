@@ -79,18 +79,18 @@ def test_missing_file_as_a_user_sees_it(tmp_path):
     done = run(tmp_path / 'nowhere.mp4', '--offline')
     assert done.returncode == 1
     lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and re.match(r'quickstart: error: path=.*nowhere\.mp4.* does not exist', lines[0])
+    assert len(lines) == 1 and re.match(r'quickstart: error: source=.*nowhere\.mp4.* does not exist', lines[0])
 
 
 @pytest.mark.parametrize('name, content, message', [
     ('empty.mp4', b'', 'is not a video that FFmpeg can read'),
     ('broken.mp4', b'\0\0\0\x18ftypmp42' + bytes(500), 'is not a video that FFmpeg can read'),
-    ('text.txt', b'not a video\n' * 40, 'holds no video'),
+    ('text.txt', b'not a video\n' * 40, 'is not a video that FFmpeg can read'),
 ])
 def test_not_a_video(quickstart, monkeypatch, capsys, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     error = fails(quickstart, monkeypatch, capsys, tmp_path / name, '--offline')
-    assert error.startswith('quickstart: error: path=') and message in error and '\n' not in error
+    assert error.startswith('quickstart: error: source=') and message in error and '\n' not in error
 
 
 @pytest.mark.parametrize('args, message', [
