@@ -203,7 +203,7 @@ def make_videos(folder: Path) -> Iterator[Path]:
             path = folder / f'{codec}.{end}'
             try:
                 with av.open(str(path), 'w', format={'y4m': 'yuv4mpegpipe', 'wmv': 'asf'}.get(end)) as container:
-                    stream = container.add_stream(codec, rate=25)
+                    stream: Any = container.add_stream(codec, rate=25)
                     stream.width, stream.height, stream.pix_fmt = *SIZE, pix_fmt
                     for i in range(FRAMES):
                         frame = av.VideoFrame.from_ndarray(grey(i), format='rgb24')

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .clip import ClipLayer, check_positive
@@ -130,7 +131,7 @@ def motion_maps(
         if ask == 'similarity':
             found.update(sme=name, motion=1 - answer[0])
         else:
-            x = inputs[name].reshape(-1, *inputs[name].shape[-3:])
+            x = rearrange(inputs[name], '... c h w -> (...) c h w')
             group = min(k, max(1, x.shape[1] // 2))
             top, bottom = top_bottom_channels(x, answer[0], group)
             found.update(cme=name, gates=answer[0], top=top, bottom=bottom, k=group)
@@ -213,7 +214,7 @@ def figure5(
         if value is not None and len(value) != t:
             raise ValueError(f'{name} has {len(value)} frames, but frames has {t}')
 
-    images = frames.permute(0, 2, 3, 1).cpu().numpy()
+    images = rearrange(frames, 't c h w -> t h w c').cpu().numpy()
     # label, map, colours, lower end of the scale
     rows: List[Tuple[str, Optional[Tensor], str, Optional[float]]] = [('frames', None, '', None)]
     if maps.motion is not None:
