@@ -50,7 +50,9 @@ class ClipModel(nn.Module):
         self.model = model
         self.consensus = Consensus(num_frames)
         # not self.train(): the modules of the model may be in different modes
-        self.training = self.fold.training = self.consensus.training = model.training
+        self.training = model.training
+        self.fold.train(self.training)
+        self.consensus.train(self.training)
         self._check_layers()
         check_layers(model)
 

@@ -95,7 +95,7 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
         try:
             with torch.device('meta'):
                 built = _build(config)
-        except (NotImplementedError, RuntimeError):  # some networks compute numbers while they are built
+        except RuntimeError:  # some networks compute numbers while they are built
             built = _build(config)
         _check_modules(config, _modules(built))
         _check_keys(config['network'], built, weights)
@@ -197,6 +197,8 @@ def _describe(model: nn.Module) -> Tuple[nn.Module, Config]:
     blocks: List[Config] = []
     hooks: List[Config] = []
     for name, module in network.named_modules():
+        if 'forward' in vars(module):
+            raise ValueError(f'{name or type(module).__name__} must have the forward of its class to be saved')
         if is_adopted(module) and not isinstance(module, ClipDrop):
             parts = {part: module.get_submodule(part) for part in _PARTS}
             found = {part: layer for part, layer in parts.items() if type(layer) is not nn.Identity}
@@ -272,7 +274,8 @@ def _layer_config(name: str, layer: Any) -> Config:
     elif isinstance(layer, TIM):
         kind.update(kernel_size=layer.kernel_size, init=layer.init, shift_div=layer.shift_div, gain=layer.gain)
     elif type(layer.bn) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        raise ValueError(f'{name} must have an nn.BatchNorm2d to be saved, got {layer.bn}; save it before it is folded')
+        raise ValueError(
+            f'{name} must have an nn.BatchNorm2d to be saved, got {layer.bn}; save a network before it is folded')
     else:
         kind.update(bias=layer.conv.bias is not None)
     config: Config = _plain(kind)
