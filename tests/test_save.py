@@ -260,6 +260,14 @@ def test_a_part_of_a_network_can_be_restored_if_it_was_changed_by_itself(tmp_pat
         model(torch.zeros(T, 3, 32, 32))
 
 
+def test_layers_that_were_inserted_in_a_clip_model_are_guarded_in_what_was_loaded(tmp_path):
+    save_model(inserted(ClipModel(resnet(), T), (SME, 'model.layer1.0.conv1', {})), tmp_path)
+    model = load_model(tmp_path)
+    model.model.layer1[0].conv1 = nn.Conv2d(64, 64, 3, padding=1)
+    with pytest.raises(RuntimeError, match=r'^layer1.0.conv1.sme of the ResNet must run once'):
+        model(torch.zeros(1, T, 3, 32, 32))
+
+
 def test_a_network_in_training_mode_with_frozen_parts_comes_back_in_eval_mode_and_trains(tmp_path):
     model = retrofitted().train()
     model.layer1.requires_grad_(False)
@@ -425,6 +433,10 @@ def test_error_a_lost_layer_is_not_saved(tmp_path):
     model.layer1[0].conv1 = nn.Conv2d(64, 64, 3)
     with pytest.raises(RuntimeError, match=r'^layer1.0.conv1.sme of the ResNet must run once, after layer1.0.conv1'):
         save_model(model, tmp_path)
+    model = inserted(ClipModel(torchvision.models.resnet18(), T), (SME, 'model.layer1.0.conv1', {}))
+    model.model.layer1[0].conv1 = nn.Conv2d(64, 64, 3)
+    with pytest.raises(RuntimeError, match=r'^model.layer1.0.conv1.sme of the ClipModel must run once'):
+        save_model(model, tmp_path)
 
 
 @pytest.mark.parametrize('wrap, got', [
@@ -576,7 +588,7 @@ def test_error_a_config_reads_no_other_file(key, folder, tmp_path):
 
 
 @pytest.mark.parametrize('edit, message', [
-    (lambda c: c['timm'].update(name='local-dir:/tmp'), r"^timm knows no 'local-dir:/tmp'"),
+    (lambda c: c['timm'].update(name='local-dir:elsewhere'), r"^timm knows no 'local-dir:elsewhere'"),
     (lambda c: c['timm'].update(name='my_resnet'), r"^timm knows no 'my_resnet'; import the module that registers it"),
     (lambda c: c['timm']['args'].update(num_classes=6), r'fc.weight is \[5, 8\] for \[6, 8\]'),
     (lambda c: c['timm']['args'].update(colour='red'), r'^timm can not build the resnet18 of folder=.*colour'),
