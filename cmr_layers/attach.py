@@ -27,7 +27,7 @@ from .hosts import Guard, Host, Place, host, unhost
 
 __all__ = [
     'Insertion', 'Report', 'all_or_nothing', 'attach', 'check_network', 'finish', 'image_network', 'is_adopted',
-    'no_image_network', 'put_in_block', 'restore',
+    'is_known', 'no_image_network', 'put', 'put_in_block', 'restore',
 ]
 
 # Blocks whose forward is known, and what they become.
@@ -154,12 +154,8 @@ def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: 
     name = f'{owner_name}.{own}' if owner_name else own
 
     guard = Guard.of(model)
-    if guard is None:
-        guard = Guard()
-        guard.register(model)
     place = target.place if isinstance(target, Host) else Place(at)
-    others = [other for other in guard.places if other is not place]
-    if isinstance(target, Host) and len(others) == len(guard.places):
+    if isinstance(target, Host) and (guard is None or place not in guard.places):
         raise ValueError(
             f'at={at!r} has layers that were put there through another module than this {type(model).__name__}; pass '
             f'that one, or restore() it first')
@@ -167,9 +163,18 @@ def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: 
         place = replace(place, before=(*place.before, layer), before_names=(*place.before_names, name))
     else:
         place = replace(place, after=(*place.after, layer), after_names=(*place.after_names, name))
-    host(target, place)
-    guard.places = [*others, place]
+    put(model, place)
     return _insertion(layer, name, at, where)
+
+
+def put(model: nn.Module, place: Place) -> None:
+    """Make a host of the module at a place, or give it another one, and have the guard of the network know it."""
+    guard = Guard.of(model)
+    if guard is None:
+        guard = Guard()
+        guard.register(model)
+    host(model.get_submodule(place.at), place)
+    guard.places = [*(other for other in guard.places if other.at != place.at), place]
 
 
 def _insertion(layer: ClipLayer, name: str, at: str, where: str) -> Insertion:

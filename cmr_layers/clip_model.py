@@ -51,7 +51,9 @@ class ClipModel(nn.Module):
         self.model = model
         self.consensus = Consensus(num_frames)
         # not self.train(): the modules of the model may be in different modes
-        self.training = self.fold.training = self.consensus.training = model.training
+        self.training = model.training
+        self.fold.train(self.training)
+        self.consensus.train(self.training)
         self._check_layers()
         check_layers(model)
 
@@ -101,7 +103,14 @@ def _pass_on(wrapper: ClipModel, name: str) -> Any:
 def _features(wrapper: ClipModel, name: str) -> Callable[..., Any]:
     """A method of the network that takes frames, and takes clips here."""
     method = getattr(wrapper.model, name)
-    return lambda x, *args, **kwargs: method(wrapper.fold(x), *args, **kwargs)
+
+    def features(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            wrapper._check_layers()
+            check_layers(wrapper.model)  # the network's own check is in its forward(), which is not run
+        return method(wrapper.fold(x), *args, **kwargs)
+
+    return features
 
 
 def _head(wrapper: ClipModel, name: str) -> Callable[..., Any]:
@@ -110,9 +119,9 @@ def _head(wrapper: ClipModel, name: str) -> Callable[..., Any]:
     return lambda x, *args, **kwargs: wrapper.consensus(method(x, *args, **kwargs))
 
 
-def _group_matcher(wrapper: ClipModel, name: str) -> Callable[..., Dict[str, Any]]:
-    """timm's regular expressions for the names of parameters, which begin with 'model.' here."""
-    matcher: Callable[..., Dict[str, Any]] = getattr(wrapper.model, name)
+def _group_matcher(wrapper: ClipModel, name: str) -> Callable[..., Any]:
+    """timm's regular expressions, or a function, for the names of parameters, which begin with 'model.' here."""
+    matcher = getattr(wrapper.model, name)
 
     def renamed(pattern: Any) -> Any:
         if isinstance(pattern, (list, tuple)):  # of (pattern, suffix)
@@ -120,8 +129,11 @@ def _group_matcher(wrapper: ClipModel, name: str) -> Callable[..., Dict[str, Any
         # timm matches at the beginning, anchored or not
         return pattern if pattern is None else r'^model\.(?:' + re.sub(r'(?<![\[\\])\^', '', pattern) + ')'
 
-    def group_matcher(coarse: bool = False) -> Dict[str, Any]:
-        return {group: renamed(pattern) for group, pattern in matcher(coarse=coarse).items()}
+    def group_matcher(coarse: bool = False) -> Any:
+        groups = matcher(coarse=coarse)
+        if callable(groups):
+            return lambda name: groups(name.removeprefix('model.'))
+        return {group: renamed(pattern) for group, pattern in groups.items()}
 
     return group_matcher
 
@@ -131,10 +143,19 @@ def _no_weight_decay(wrapper: ClipModel, name: str) -> Callable[[], Set[str]]:
     return lambda: {f'model.{n}' for n in names()}
 
 
-def _pretrained_cfg(wrapper: ClipModel, name: str) -> Dict[str, Any]:
-    """timm's description of the network, but for the name, by which timm would build it without this wrapper."""
-    cfg: Dict[str, Any] = no_image_network(getattr(wrapper.model, name))
-    return cfg
+def _pretrained_cfg(wrapper: ClipModel, name: str) -> Any:
+    """timm's description of the network, but for names: that by which timm would build it without this wrapper, and
+    those of its first and last layers, which begin with 'model.' here."""
+    cfg = no_image_network(getattr(wrapper.model, name))
+    if not isinstance(cfg, dict):
+        return cfg
+
+    def renamed(names: Any) -> Any:
+        if isinstance(names, (list, tuple)):
+            return tuple(map(renamed, names))
+        return f'model.{names}' if isinstance(names, str) else names
+
+    return {key: renamed(value) if key in ('classifier', 'first_conv') else value for key, value in cfg.items()}
 
 
 _PASSED_ON: Dict[Callable[[ClipModel, str], Any], str] = {
@@ -144,7 +165,7 @@ _PASSED_ON: Dict[Callable[[ClipModel, str], Any], str] = {
     _no_weight_decay: 'no_weight_decay',
     _pretrained_cfg: 'pretrained_cfg default_cfg',
     _pass_on: 'get_classifier reset_classifier set_grad_checkpointing grad_checkpointing num_classes num_features '
-              'head_hidden_size feature_info in_chans prune_intermediate_layers set_input_size',
+              'head_hidden_size feature_info in_chans prune_intermediate_layers set_input_size _traits',
 }
 
 

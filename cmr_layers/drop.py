@@ -15,7 +15,7 @@ from .clip import ClipModule, clip_shape, unfold
 __all__ = ['ClipDrop', 'share_drops']
 
 # Names of what draws once a sample in timm, torchvision and transformers: DropPath, ConvNextDropPath, DropBlock2d, ...
-_DROPS = re.compile('DropPath|StochasticDepth|DropBlock')
+_DROPS = re.compile(r'.*(DropPath|StochasticDepth|DropBlock(2d)?)')
 
 
 @register_notrace_module
@@ -62,12 +62,17 @@ class ClipDrop(ClipModule):
         return f'num_frames={self.num_frames}'
 
 
+def _is_drop(module: nn.Module) -> bool:
+    # what has children or weights does more than multiply by a mask
+    return bool(_DROPS.fullmatch(type(module).__name__)) and not (module._modules or module._parameters)
+
+
 def share_drops(module: nn.Module, num_frames: int) -> List[ClipDrop]:
     """Make all that a module drops be drawn once a clip, in place; what took the place of its drops."""
     made = []
     for parent in list(module.modules()):
         for name, child in parent._modules.items():
-            if child is not None and _DROPS.search(type(child).__name__) and not isinstance(parent, ClipDrop):
+            if child is not None and _is_drop(child) and not isinstance(parent, ClipDrop):
                 made.append(ClipDrop(child, num_frames))
                 parent._modules[name] = made[-1]
     return made

@@ -8,43 +8,31 @@ import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Dict, Optional, Tuple, Union
 
-import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import get_model_args
-from torch import nn
+from torch import Tensor, nn
 
-from .attach import (
-    all_or_nothing,
-    attach,
-    check_network,
-    finish,
-    image_network,
-    is_adopted,
-    no_image_network,
-    put_in_block,
-)
-from .clip import ClipLayer, ClipModule
+from .attach import all_or_nothing, check_network, is_adopted
 from .clip_model import ClipModel
-from .cme import CME
-from .drop import ClipDrop
-from .hosts import Guard, check_layers
-from .probe import like
-from .sme import SME
-from .tim import TIM
-from .version import __version__
+from .hosts import Host, check_layers
+from .recipe import Config, build, check_modules, describe, few, modules, put_in
 
 __all__ = ['load_model', 'save_model']
 
-Config = Dict[str, Any]
-_KINDS = {'CME': CME, 'SME': SME, 'TIM': TIM}
 _CONFIG, _WEIGHTS = 'config.json', 'model.safetensors'
+_KEYS = {
+    'architecture', 'network', 'timm', 'modules', 'layers', 'blocks', 'hosts', 'num_frames', 'clip_model', 'sha256'}
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None:
     """Save a network with its temporal layers, for :func:`load_model`.
+
+    What it computes is saved, in any mode and on any device; not what training needs besides: which parameters are
+    frozen, gradient checkpointing, the optimizer.
 
     Args:
         model: What :func:`retrofit` or :func:`insert` changed, a :class:`ClipModel` around it or around any image
@@ -57,7 +45,7 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
         ValueError: The network is not what timm and these layers build: a layer of another class than CME, SME and TIM,
             folded batch norms, adapters, parts that were replaced.
         RuntimeError: A layer is not at its place any more (see :func:`insert`).
-        TypeError: model is no module or a compiled one.
+        TypeError: model is no module, or a compiled or otherwise wrapped one.
 
     Example:
         >>> import tempfile, timm, torch
@@ -72,21 +60,25 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
         True
     """
     check_network(model)
+    if isinstance(model, _WRAPPERS):
+        raise TypeError(f'model must be the network itself, got a {type(model).__name__} of it; pass model.module')
     check_layers(model)
-    network = model.model if isinstance(model, ClipModel) else model
-    config = _describe(network)
-    config['clip_model'] = model.num_frames if isinstance(model, ClipModel) else None
-    weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+    network, config = describe(model)
+    weights = _weights(network)
     if config['timm'] is not None:
-        with torch.device('meta'):
-            built = _build(config).state_dict()
-        _check_keys(type(network).__name__, built, weights)
+        try:
+            with torch.device('meta'):
+                built = build(config)
+        except RuntimeError:  # some networks compute numbers while they are built
+            built = build(config)
+        check_modules(config, modules(built))
+        _check_keys(config['network'], built, weights)
 
     os.makedirs(folder, exist_ok=True)
     path = Path(folder)
     save_file(weights, path / f'{_WEIGHTS}.part', metadata={'format': 'pt'})
-    config['sha256'] = _digest(path / f'{_WEIGHTS}.part')
-    (path / f'{_CONFIG}.part').write_text(json.dumps(config, indent=2))
+    config['sha256'] = _digest(path / f'{_WEIGHTS}.part', config)
+    (path / f'{_CONFIG}.part').write_text(json.dumps(config, indent=1))
     for name in (_WEIGHTS, _CONFIG):  # an interrupted call leaves the old files, or two that load_model() refuses
         os.replace(path / f'{name}.part', path / name)
 
@@ -94,166 +86,120 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
 def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module] = None) -> nn.Module:
     """Load what :func:`save_model` saved, bit for bit.
 
+    The folder is data: nothing in it is run, and no other file is read.
+
     Args:
         folder: The folder.
         model: The image network without temporal layers, built as the saved one was; it is changed in place. Needed
-            only for a network that timm did not build. Its own weights do not matter.
+            only for a network that timm did not build, or built with arguments that JSON can't hold, such as classes.
+            Its own weights do not matter.
 
     Returns:
         The network in eval mode, on the CPU, in the saved dtype; a :class:`ClipModel` if that was saved.
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: They do not fit each other, or the network does not fit them, in its class, its keys or its shapes;
-            the network is needed and not given.
-        TypeError: model is no module.
+        ValueError: They do not fit each other, or the network does not fit them, in its class, its modules, its keys or
+            its shapes; the network is needed and not given. A model that was given is as it was, then.
+        TypeError: model is no module or a compiled one.
     """
     path = Path(folder)
-    for name in (_CONFIG, _WEIGHTS):
-        if not (path / name).is_file():
-            raise FileNotFoundError(f'folder={os.fspath(folder)!r} has no {name}; wanted one that save_model() wrote')
-    try:
-        config = json.loads((path / _CONFIG).read_text())
-        digest = config['sha256']
-        assert {'network', 'timm', 'blocks', 'hosts', 'num_frames', 'clip_model'} <= config.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f'folder={os.fspath(folder)!r} has a {_CONFIG} that save_model() did not write') from error
-    if _digest(path / _WEIGHTS) != digest:
-        raise ValueError(f'folder={os.fspath(folder)!r}: {_WEIGHTS} is not the file that {_CONFIG} was written for')
-    weights = load_file(path / _WEIGHTS)
-
+    config, weights = _read(path)
     if model is not None:
         check_network(model)
         if type(model).__name__ != config['network']:
             raise ValueError(f'model must be a {config["network"]}, as was saved, got a {type(model).__name__}')
-        if any(isinstance(module, ClipModule) for module in model.modules()) and (config['blocks'] or config['hosts']):
+        if any(is_adopted(module) or isinstance(module, Host) for module in model.modules()):
             raise ValueError(f'model ({type(model).__name__}) has temporal layers already; wanted one without')
         network = model
-        with all_or_nothing(network):
-            _put_in(network, config)
-            _check_keys(type(network).__name__, network.state_dict(), weights)
     elif config['timm'] is None:
         raise ValueError(
-            f'model must be the {config["network"]} without its temporal layers: timm did not build it, so '
+            f'model must be the {config["network"]} without its temporal layers: timm alone can not build it, so '
             f'load_model() cannot; got None')
     else:
-        network = _build(config)
-        _check_keys(type(network).__name__, network.state_dict(), weights)
-    network.load_state_dict(weights, strict=True, assign=True)
-    if config['clip_model'] is not None:
-        network = ClipModel(network, config['clip_model'])
-    return network.eval()
+        try:
+            with torch.device('cpu'):
+                network = build(config, bare=True)
+        except (TypeError, RuntimeError, AttributeError, KeyError, AssertionError) as error:
+            raise ValueError(
+                f'timm can not build the {config["timm"]["name"]} of folder={os.fspath(folder)!r}: {error}') from error
+    with all_or_nothing(network):
+        put_in(network, config)
+        if model is not None:  # timm may give a part of its own another name some day
+            check_modules(config, modules(network))
+        _check_keys(config['network'], network, weights)
+        _load(network, weights)
+        video = network if config['clip_model'] is None else ClipModel(network, config['clip_model'])
+    return video.cpu().eval()
 
 
-def _describe(network: nn.Module) -> Config:
-    """What is needed to build the network again."""
-    names = {module: name for name, module in network.named_modules()}
-    blocks = [
-        {'name': names[module], 'entry': 'conv1', 'layers': {
-            part: _layer_config(f'{names[module]}.{part}', layer) for part in ('cme', 'tim', 'sme')
-            if isinstance(layer := getattr(module, part), ClipLayer)}}
-        for module in network.modules() if is_adopted(module) and not isinstance(module, ClipDrop)]
-    hosts = [
-        {'root': names[module], 'at': place.at, 'where': where, 'name': name, 'layer': _layer_config(name, layer)}
-        for module in network.modules() if (guard := Guard.of(module)) is not None for place in guard.places
-        for where, guests in (('before', zip(place.before_names, place.before)),
-                              ('after', zip(place.after_names, place.after)))
-        for name, layer in guests]
-    frames = {module.num_frames for module in network.modules() if isinstance(module, ClipModule)}
-    if len(frames) > 1:
-        raise ValueError(f'model ({type(network).__name__}) has layers of different num_frames: {sorted(frames)}')
-    return {
-        'architecture': no_image_network({'architecture': type(network).__name__})['architecture'],  # for timm's loader
-        'cmr_layers': __version__, 'network': type(network).__name__, 'timm': _timm_config(network),
-        'blocks': blocks, 'hosts': hosts, 'num_frames': frames.pop() if frames else None}
-
-
-def _timm_config(network: nn.Module) -> Optional[Config]:
-    """timm's name of a network that it can build again, and its arguments."""
-    cfg = image_network(vars(network).get('pretrained_cfg'))
-    args: Any = getattr(network, '_model_args', None)
-    if args is None or not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture', '')):
-        return None
-    args = {**args, **get_model_args(network)}
+def _read(path: Path) -> Tuple[Config, Dict[str, Tensor]]:
+    """The two files, if they are whole and belong together."""
+    for name in (_CONFIG, _WEIGHTS):
+        if not (path / name).is_file():
+            raise FileNotFoundError(f'folder={str(path)!r} has no {name}; wanted one that save_model() wrote')
     try:
-        config: Config = json.loads(json.dumps({'name': cfg['architecture'], 'args': args, 'pretrained_cfg': {
-            key: value for key, value in cfg.items() if key != 'state_dict'}}))
-    except TypeError:
-        return None  # an argument that is a class, say; the caller of load_model() has to build the network
-    return config
-
-
-def _layer_config(name: str, layer: Any) -> Config:
-    if type(layer) not in _KINDS.values():
-        raise ValueError(f'{name} must be a CME, SME or TIM to be saved, got a {type(layer).__name__}')
-    kind: Config = {'kind': type(layer).__name__, 'channels': layer.channels}
-    if isinstance(layer, CME):
-        return {**kind, 'reduction': list(layer.reduction), 'gate_init': layer.gate_init}
-    if isinstance(layer, TIM):
-        return {**kind, 'kernel_size': layer.kernel_size, 'init': layer.init, 'shift_div': layer.shift_div,
-                'gain': layer.gain}
-    if type(layer.bn) is not nn.BatchNorm2d:
-        raise ValueError(f'{name} must have an nn.BatchNorm2d to be saved, got {layer.bn}; save it before it is folded')
-    return {**kind, 'bias': layer.conv.bias is not None}
-
-
-def _build(config: Config) -> nn.Module:
-    made = config['timm']
-    if not timm.is_model(made['name']):
-        raise ValueError(f'timm knows no {made["name"]!r}; import the module that registers it first')
-    args: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in made['args'].items()}
-    network = timm.create_model(made['name'], pretrained=False, **args)
-    network.pretrained_cfg = network.default_cfg = made['pretrained_cfg']
-    _put_in(network, config)
-    return network
-
-
-def _put_in(network: nn.Module, config: Config) -> None:
-    """Make the layers anew and put them where they were."""
-
-    def make(settings: Config, near: nn.Module) -> ClipLayer:
-        settings = dict(settings)
-        kind = _KINDS[settings.pop('kind')]
-        layer: ClipLayer = kind(num_frames=config['num_frames'], **settings, **like(near, network))
-        return layer
-
-    for block in config['blocks']:
-        module = _submodule(network, block['name'])
-        put_in_block(network, block['name'], block['entry'], {
-            part: make(settings, module) for part, settings in block['layers'].items()})
-    for row in config['hosts']:
-        root, owner = _submodule(network, row['root']), row['name'].rpartition('.')[0]
-        layer = make(row['layer'], _submodule(root, row['at']))
-        _submodule(root, owner)
-        made = attach(root, layer, row['at'], row['where'], owner)
-        if made.name != row['name']:
-            raise ValueError(f'model ({type(network).__name__}) must have no {row["name"]!r} yet, as the saved one')
-    if config['blocks'] or config['hosts']:
-        finish(network, config['num_frames'])
-
-
-def _submodule(network: nn.Module, name: str) -> nn.Module:
+        config = json.loads((path / _CONFIG).read_text())
+        known = isinstance(config, dict) and config.keys() >= _KEYS
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(f'folder={str(path)!r} has a {_CONFIG} that save_model() did not write')
+    if _digest(path / _WEIGHTS, config) != config['sha256']:
+        raise ValueError(f'folder={str(path)!r}: {_WEIGHTS} and {_CONFIG} were not written together, or changed since')
     try:
-        return network.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(
-            f'model ({type(network).__name__}) must have {name!r}, where the saved one has layers') from error
+        return config, load_file(path / _WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f'folder={str(path)!r} has a {_WEIGHTS} that save_model() did not write') from error
 
 
-def _check_keys(kind: str, network: Dict[str, Any], weights: Dict[str, Any]) -> None:
-    wrong: List[str] = [f'{key} is missing' for key in network if key not in weights]
-    wrong += [f'{key} is unexpected' for key in weights if key not in network]
+def _weights(network: nn.Module) -> Dict[str, Tensor]:
+    """The state dict and what it leaves out, buffers that are not persistent, as safetensors takes it."""
+    weights: Dict[str, Tensor] = {}
+    seen = set()
+    for key, value in {**dict(network.named_buffers()), **network.state_dict()}.items():
+        if not isinstance(value, Tensor) or value.is_meta or value.is_quantized or value.layout != torch.strided:
+            raise ValueError(f'{key} must be a plain tensor with values to be saved, got {type(value).__name__}')
+        value = value.detach().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        weights[key] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return weights
+
+
+def _load(network: nn.Module, weights: Dict[str, Tensor]) -> None:
+    """Give the network the weights, dtype and all. What was one parameter under several names stays one."""
+    first: Dict[int, str] = {}
+    tied = {name: first.setdefault(id(p), name) for name, p in network.named_parameters(remove_duplicate=False)}
+    state = network.state_dict().keys()
+    network.load_state_dict({key: weights[key] for key in state}, strict=True, assign=True)
+    for name, other in tied.items():
+        if name != other:
+            owner, _, own = name.rpartition('.')
+            network.get_submodule(owner)._parameters[own] = network.get_parameter(other)
+    for name, buffer in dict(network.named_buffers()).items():
+        if name not in state and name in weights and weights[name].shape == buffer.shape:
+            owner, _, own = name.rpartition('.')
+            network.get_submodule(owner)._buffers[own] = weights[name]
+
+
+def _check_keys(kind: str, network: nn.Module, weights: Dict[str, Tensor]) -> None:
+    state = network.state_dict()
+    loose = {name for name, _ in network.named_buffers()} - state.keys()  # buffers that are not persistent
+    wrong = [f'{key} is missing' for key in state if key not in weights]
+    wrong += [f'{key} is unexpected' for key in weights if key not in state and key not in loose]
     wrong += [
-        f'{key} is {list(weights[key].shape)} for {list(value.shape)}' for key, value in network.items()
+        f'{key} is {list(weights[key].shape)} for {list(value.shape)}' for key, value in state.items()
         if key in weights and weights[key].shape != value.shape]
     if wrong:
-        raise ValueError(
-            f'the weights do not fit the {kind} that they were saved for: {"; ".join(wrong[:8])}'
-            f'{f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""}')
+        raise ValueError(f'the weights do not fit the {kind} that they are saved for: {few(wrong)}')
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Path, config: Config) -> str:
+    """Of the weights' file and the config, but for the digest in it."""
+    rest = {key: value for key, value in config.items() if key != 'sha256'}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else \
-            hashlib.sha256(file.read()).hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

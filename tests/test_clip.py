@@ -1,27 +1,15 @@
-"""The clip axis: clip_shape, Fold, Consensus, ClipModel, set_num_frames, temporal_keys, and their errors."""
-import copy
+"""The clip axis: clip_shape, Fold, Consensus, set_num_frames, temporal_keys, and their errors."""
 import io
 
 import numpy as np
 import pytest
-import timm
 import torch
+from helpers import Mean, net
 from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, insert, restore, retrofit, set_num_frames, temporal_keys
 from cmr_layers.clip import Consensus, Fold, check_choice, check_positive, clip_shape, unfold
-
-
-class Mean(nn.Module):
-    """A frame classifier that shows which frame is which: its logits are the channels' means."""
-
-    def forward(self, x):
-        return x.mean((2, 3))
-
-
-def net():
-    return nn.Sequential(nn.Conv2d(3, 8, 1), CME(8, 4), TIM(8, 4), SME(8, 4), Mean()).eval()
 
 
 @pytest.mark.parametrize('images, frames, want', [
@@ -135,56 +123,9 @@ def test_error_consensus_of_half_a_clip():
         Consensus(4)(torch.zeros(6, 5))
 
 
-# ClipModel
-
-def test_clip_model_averages_the_frames_of_each_clip():
-    model, x = ClipModel(Mean(), 4), torch.randn(2, 4, 3, 5, 7)
-    want = x.mean((1, 3, 4))
-    torch.testing.assert_close(model(x), want)
-    torch.testing.assert_close(model(x.flatten(0, 1)), want)
-    assert model.num_frames == 4
-
-
-def test_clip_model_predicts_each_still():
-    x = torch.randn(3, 3, 5, 7)
-    torch.testing.assert_close(ClipModel(Mean(), 4)(x), x.mean((2, 3)))
-
-
-@pytest.mark.parametrize('ndim', [4, 5])
-def test_clip_model_of_an_empty_batch(ndim):
-    x = torch.zeros(0, 4, 3, 5, 7) if ndim == 5 else torch.zeros(0, 3, 5, 7)
-    assert ClipModel(net(), 4)(x).shape == (0, 8)
-
-
-def test_clip_model_around_a_timm_network():
-    model = timm.create_model('mobilenetv3_small_050', num_classes=5).eval()
-    x = torch.randn(2, 3, 3, 32, 32)
-    want = model(x.flatten(0, 1)).unflatten(0, (2, 3)).mean(1)
-    torch.testing.assert_close(ClipModel(model, 3)(x), want)
-
-
-def test_clip_model_has_the_models_parameters_and_no_more():
-    model = net()
-    wrapped = ClipModel(model, 4)
-    assert [f'model.{key}' for key in model.state_dict()] == list(wrapped.state_dict())
-    other = ClipModel(set_num_frames(net(), 8), 8)
-    other.load_state_dict(wrapped.state_dict(), strict=True)
-    x = torch.randn(8, 3, 2, 2)
-    assert torch.equal(set_num_frames(other, 4)(x), wrapped(x))
-
-
 def test_any_kind_of_int_counts_as_one():
     value = check_positive('thing', np.int64(8))
     assert value == 8 and type(value) is int
-
-
-def test_error_clip_model_and_its_layers_must_agree_on_the_clip():
-    with pytest.raises(ValueError, match=r'^num_frames=8, but 1 of the model has num_frames=4; set_num_'):
-        ClipModel(net(), 8)
-    model = ClipModel(net(), 4)
-    set_num_frames(model.model, 8)
-    with pytest.raises(ValueError, match=r'^num_frames=4, but 1 of the model has num_frames=8'):
-        model(torch.randn(2, 4, 3, 8, 8))
 
 
 @pytest.mark.parametrize('call', [
@@ -206,61 +147,15 @@ def test_error_hints_at_swapped_axes():
         Fold(8)(torch.zeros(2, 3, 8, 4, 4))
 
 
-def test_clip_model_scripts_whole():
-    model, x = ClipModel(net(), 4), torch.randn(2, 4, 3, 8, 8)
-    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
-
-
-def test_error_a_model_of_clips_is_no_model_of_frames():
-    model = timm.create_model('cmr_resnet18', num_classes=5, num_frames=4).eval()
-    with pytest.raises(TypeError, match=r'^model must return a tensor of shape \(B\*T, K\) .*, got \[2, 5\]$'):
-        ClipModel(model, 4)(torch.randn(2, 4, 3, 32, 32))
-
-
-def test_set_num_frames_reaches_through_a_wrapper_that_delegates_to_it():
-    class Wrapper(nn.Sequential):
-        def set_num_frames(self, n):
-            set_num_frames(self, n)
-
-    model = Wrapper(TIM(8, 4))
-    model.set_num_frames(6)
-    assert model[0].num_frames == 6
-
-
 @pytest.mark.parametrize('layer', [Fold(8), TIM(8), CME(8), SME(8)], ids=['Fold', 'TIM', 'CME', 'SME'])
 def test_error_x_is_a_tensor(layer):
     with pytest.raises(TypeError, match=r"^x must be a tensor, got <class 'numpy.ndarray'>$"):
         layer(np.zeros((8, 8, 4, 4)))
 
 
-def test_clip_model_takes_the_logits_of_a_transformers_output():
-    class Output:
-        def __init__(self, logits):
-            self.logits = logits
-
-    class Classifier(nn.Module):
-        def forward(self, x):
-            return Output(x.mean((2, 3)))
-
-    x = torch.randn(2, 4, 3, 2, 2)
-    torch.testing.assert_close(ClipModel(Classifier(), 4)(x), x.mean((1, 3, 4)))
-
-
 def test_error_clips_are_floating_point():
     with pytest.raises(ValueError, match=r'^x must be a floating point tensor, got torch.uint8$'):
         SME(8)(torch.zeros(8, 8, 2, 2, dtype=torch.uint8))
-
-
-def test_clip_model_copies_compiles_exports_and_scripts():
-    torch._dynamo.reset()
-    model, x = ClipModel(net(), 4), torch.randn(3, 4, 3, 5, 7)
-    want = model(x)
-    assert torch.equal(copy.deepcopy(model)(x), want)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), want)
-    shapes = ({0: torch.export.Dim('b', min=1, max=8)},)
-    program = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
-    for batch in (1, 2, 3):
-        torch.testing.assert_close(program(x[:batch]), want[:batch])
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit')
@@ -281,19 +176,6 @@ def test_fx_sees_fold_and_consensus_as_one_node_each():
     torch.testing.assert_close(extractor(x)['y'], parts(x))
 
 
-@pytest.mark.parametrize('output, got', [
-    (lambda x: x, r'\[8, 3, 2, 2\]'), (lambda x: x.mean(), r'\[\]'), (lambda x: x.mean((1, 2, 3)), r'\[8\]'),
-    (lambda x: (x, x), 'tuple'), (lambda x: {'logits': x}, 'dict'), (lambda x: None, 'NoneType')])
-def test_error_the_model_must_return_one_vector_per_frame(output, got):
-    class Model(nn.Module):
-        def forward(self, x):
-            return output(x)
-
-    message = rf'^model must return a tensor of shape \(B\*T, K\) for the frames of a clip, got {got}$'
-    with pytest.raises(TypeError, match=message):
-        ClipModel(Model(), 4)(torch.zeros(2, 4, 3, 2, 2))
-
-
 # set_num_frames and temporal_keys
 
 def test_set_num_frames_reaches_every_layer_and_returns_the_model():
@@ -304,6 +186,16 @@ def test_set_num_frames_reaches_every_layer_and_returns_the_model():
     assert model(torch.randn(2, 6, 3, 5, 7)).shape == (2, 8)
     with pytest.raises(ValueError, match='num_frames=6'):
         model(torch.randn(2, 4, 3, 5, 7))
+
+
+def test_set_num_frames_reaches_through_a_wrapper_that_delegates_to_it():
+    class Wrapper(nn.Sequential):
+        def set_num_frames(self, n):
+            set_num_frames(self, n)
+
+    model = Wrapper(TIM(8, 4))
+    model.set_num_frames(6)
+    assert model[0].num_frames == 6
 
 
 def test_set_num_frames_takes_a_single_layer():
