@@ -118,7 +118,7 @@ def test_other_clips_and_stills(name):
     {'sme': 'all', 'cme': 'none'}, {'output_stride': 8}, {'stem_type': 'deep_tiered', 'stem_width': 16},
     {'norm_layer': lambda *args, **kwargs: nn.BatchNorm2d(*args, eps=.1, affine=False, **kwargs)},
     {'drop_path_rate': .1, 'drop_block_rate': .1, 'drop_rate': .5}, {'down_kernel_size': 3},
-], ids=str)
+], ids=lambda kwargs: ' '.join(kwargs))
 def test_other_arguments(kwargs):
     if 'norm_layer' in kwargs:
         model = timm.create_model('cmr_resnet18', num_classes=5, num_frames=T, zero_init_last=False, **kwargs).eval()

@@ -406,7 +406,7 @@ REFUSED = {
     'frames of a clip model': (lambda: changed(lambda m: set_num_frames(m.model, 8), ClipModel(retrofitted(), T)),
                                r'^num_frames=4, but layer1.0.cme of the model has num_frames=8'),
     'layer outside': (lambda: inserted(Holder(), (SME, 'body', {})).body,
-                      r'^model \(Chain\) is only a part: it runs layers that were put there through a module outside of it'),
+                      r'^model \(Chain\) is only a part: it runs layers that were put there through a module outside'),
 }
 
 
