@@ -30,11 +30,22 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
 
 
 class TemporalBlock(nn.Module):
-    """A residual block with temporal layers: how it ends."""
+    """A residual block with temporal layers: how it begins and ends."""
     if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
         cme: nn.Module
         tim: nn.Module
         sme: nn.Module
+        conv1: Any
+
+    def _begin(self, x: Tensor) -> Tensor:
+        """``conv1(tim(cme(x)))``"""
+        if torch.jit.is_scripting():
+            x = self.cme(x)
+            x = self.tim(x)
+            x = self.conv1(x)
+        else:
+            x = front(self.cme, self.tim, self.conv1, x)
+        return x
 
     def _end(self, act: nn.Module, x: Any, shortcut: Any) -> Any:
         """``sme(act(x + shortcut))``; x is overwritten."""
@@ -68,7 +79,7 @@ class _BuiltBlock(TemporalBlock):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(*args, **dd, **kwargs)  # timm's block, which stands next in line
         opens_stage = self.downsample is not None
-        in_channels: Any = self.conv1.in_channels  # type: ignore[union-attr]
+        in_channels: Any = self.conv1.in_channels
         out_channels: Any = getattr(self, 'conv3', self.conv2).out_channels  # type: ignore[union-attr]
 
         dd['num_frames'] = num_frames
@@ -116,12 +127,7 @@ class CMRBlock(_BuiltBlock, Bottleneck):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
 
-        if torch.jit.is_scripting():
-            x = self.cme(x)
-            x = self.tim(x)
-            x = self.conv1(x)
-        else:
-            x = front(self.cme, self.tim, self.conv1, x)
+        x = self._begin(x)
         x = self.bn1(x)
         x = self.act1(x)
 
@@ -169,12 +175,7 @@ class CMRBasicBlock(_BuiltBlock, BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
 
-        if torch.jit.is_scripting():
-            x = self.cme(x)
-            x = self.tim(x)
-            x = self.conv1(x)
-        else:
-            x = front(self.cme, self.tim, self.conv1, x)
+        x = self._begin(x)
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)

@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from .block import TemporalBlock
-from .front import front
 
 __all__ = ['CMRBasicBlock', 'CMRBottleneck']
 
 
 class _Block(TemporalBlock):
     if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
-        conv1: nn.Module
         bn1: nn.Module
         conv2: nn.Module
         bn2: nn.Module
@@ -33,12 +31,7 @@ class CMRBasicBlock(_Block, BasicBlock):  # type: ignore[misc]  # torchvision ha
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
 
-        if torch.jit.is_scripting():
-            x = self.cme(x)
-            x = self.tim(x)
-            x = self.conv1(x)
-        else:
-            x = front(self.cme, self.tim, self.conv1, x)
+        x = self._begin(x)
         x = self.bn1(x)
         x = self.relu(x)
 
@@ -63,12 +56,7 @@ class CMRBottleneck(_Block, Bottleneck):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
 
-        if torch.jit.is_scripting():
-            x = self.cme(x)
-            x = self.tim(x)
-            x = self.conv1(x)
-        else:
-            x = front(self.cme, self.tim, self.conv1, x)
+        x = self._begin(x)
         x = self.bn1(x)
         x = self.relu(x)
 
