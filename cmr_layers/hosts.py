@@ -152,34 +152,29 @@ class Guard:
         RemovableHandle.next_id = max(RemovableHandle.next_id, *(key + 1 for key in self.keys))
 
     def __call__(self, model: nn.Module, *args: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._check_while_compiling(model)
-        else:
-            self.check(model)
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-    def _check_while_compiling(self, model: nn.Module) -> bool:
-        """The check as such is nothing to compile. What changes a module's class compiles, and so checks, anew."""
         self.check(model)
-        return True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def check(self, model: nn.Module) -> None:
         """Raise a RuntimeError if a layer is not run exactly once, at its place."""
         for place in self.places:
-            found, layers = _find(model, place.at), place.layers
-            if _runs(found, place) and all(_find(model, name) is layer for name, layer in layers.items()):
-                continue
-            raise RuntimeError(
-                f'{" and ".join(layers)} of the {type(model).__name__} must run once, at {place.at}, and that is '
-                f'{"gone" if found is None else f"another {type(found).__name__}"} now. What replaces, wraps, fuses or '
-                f'converts a module that runs layers drops or doubles them; do it first and insert the layers then. '
-                f'restore(model) takes out what is left of them'
-            )
+            found = _find(model, place.at)
+            names, layers = place.before_names + place.after_names, place.before + place.after
+            whole = _runs(found, place)
+            for name, layer in zip(names, layers):  # a loop: generators can't be compiled
+                whole = whole and _find(model, name) is layer
+            if not whole:
+                _fail(
+                    ' and '.join(names), type(model).__name__, place.at,
+                    'gone' if found is None else f'another {type(found).__name__}')
 
 
-# Of a compiled network the hooks run before the compiled code does; there the check is to run, each time.
-skip_code(Guard.__call__.__code__)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so it raises while it is compiled, too
+def _fail(layers: str, model: str, at: str, now: str) -> None:
+    raise RuntimeError(
+        f'{layers} of the {model} must run once, at {at}, and that is {now} now. What replaces, wraps, fuses or '
+        f'converts a module that runs layers drops or doubles them; do it first and insert the layers then. '
+        f'restore(model) takes out what is left of them'
+    )
 
 
 def check_layers(model: nn.Module) -> None:
@@ -192,7 +187,10 @@ def check_layers(model: nn.Module) -> None:
 
 def _content(module: nn.Module) -> Optional[nn.Module]:
     """What is in a module that only wraps another one; None if it is no wrapper."""
-    return next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+    for name in _WRAPPERS:
+        if name in module._modules:
+            return module._modules[name]
+    return None
 
 
 def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
@@ -212,3 +210,9 @@ def _runs(module: Optional[nn.Module], place: Place) -> bool:
         module = _content(module)
     # The same object: a copy of the host alone, as fusing makes one, is not that of the network.
     return module is not None and module.place is place
+
+
+# Of a network that is compiled as a whole, the hooks run before the compiled code does; there the check is to run as it
+# stands, each time. Within another network that is compiled it is compiled with it, and again when a class changes.
+for _function in (Guard.__call__, Guard.check, _find, _runs, _content):
+    skip_code(_function.__code__)
