@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Dict, Iterator, List, Type
 
+import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 from torchvision.models import resnet as torchvision_resnet
@@ -95,14 +96,21 @@ def check_network(model: Any) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undo every change of the module tree if it does not come to its end, be it by an error or by Ctrl-C."""
+    """Undo every change of the module tree if it does not come to its end, be it by an error or by Ctrl-C.
+
+    Parameters that are made meanwhile can be trained, also in PyTorch's inference mode.
+    """
     before = [
         (module, type(module), {key: dict(value) if isinstance(value, dict) else value
                                 for key, value in vars(module).items()})
         for module in model.modules()]
+    guards = [(guard, guard.places) for module in model.modules() if (guard := Guard.of(module)) is not None]
     try:
-        yield
+        with torch.inference_mode(False):
+            yield
     except BaseException:
+        for guard, places in guards:
+            guard.places = places
         for module, kind, attributes in before:
             now = vars(module)
             if type(module) is not kind:
@@ -154,7 +162,7 @@ def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: 
     name = f'{owner_name}.{own}' if owner_name else own
 
     guard = Guard.of(model)
-    place = target.place if isinstance(target, Host) else Place(at)
+    place = target._cmr_place if isinstance(target, Host) else Place(at)
     if isinstance(target, Host) and (guard is None or place not in guard.places):
         raise ValueError(
             f'at={at!r} has layers that were put there through another module than this {type(model).__name__}; pass '
@@ -216,13 +224,15 @@ def restore(model: nn.Module) -> nn.Module:
     the network as it was.
 
     Args:
-        model: The network that was passed to them, a copy of it, or any module with such layers in it.
+        model: The network that was passed to them, a copy of it, or any module with such layers in it. Of a part of a
+            network, pass the whole network afterwards, which misses what is gone.
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: Nothing was inserted in it, or a layer is held by a module outside of it.
+        ValueError: Nothing was inserted in it, a layer is held by a module outside of it, or the class or the forward
+            of a module was changed since.
         TypeError: model is no module.
 
     Example:
@@ -239,14 +249,19 @@ def restore(model: nn.Module) -> nn.Module:
     guards = [(module, guard) for module in modules if (guard := Guard.of(module)) is not None]
     if not (blocks or hosts or guards):
         raise ValueError(f'model ({type(model).__name__}) holds nothing that insert() or retrofit() put in')
+    for block in blocks:
+        if type(block) not in _BLOCKS.values() or 'forward' in vars(block):
+            raise ValueError(
+                f'{type(block).__name__} must be the block that retrofit() made of it to be restored: undo first what '
+                f'changed its class or its forward since (fully_shard, accelerate)')
     # the layers that run, and those that a guard remembers and nothing runs any more
-    running = {name: layer for host_ in hosts for name, layer in host_.place.layers.items()}
-    outside = [name for name, layer in running.items() if layer not in modules]
+    running = [item for host_ in hosts for item in host_._cmr_place.layers.items()]
+    outside = [name for name, layer in running if layer not in modules]
     if outside and not guards:
         raise ValueError(
             f'model ({type(model).__name__}) is only a part: {outside[0]} belongs to a module outside of it; pass one '
             f'that holds both')
-    guests = set(running.values())
+    guests = {layer for _, layer in running}
     for module, guard in guards:
         names = dict(module.named_modules())
         guests |= {names[name] for place in guard.places for name in place.layers

@@ -254,6 +254,16 @@ class Consensus(ClipModule):
         return f'num_frames={self.num_frames}'
 
 
+def check_num_frames(model: nn.Module, num_frames: int) -> None:
+    """Raise a ValueError if a layer has another T: it would mix the frames of different clips without a word."""
+    for name, module in model.named_modules():
+        if isinstance(module, ClipModule) and module.num_frames != num_frames:
+            raise ValueError(
+                f'num_frames={num_frames}, but {name or type(module).__name__} of the model has '
+                f'num_frames={module.num_frames}; set_num_frames() sets both'
+            )
+
+
 def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:
     """Set the clip length of every layer of a model, in place. Weights do not depend on it.
 

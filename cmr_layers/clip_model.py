@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .attach import no_image_network
-from .clip import ClipModule, Consensus, Fold, check_module, set_num_frames
+from .clip import Consensus, Fold, check_module, check_num_frames, set_num_frames
 from .hosts import check_layers
 
 __all__ = ['ClipModel']
@@ -69,18 +69,11 @@ class ClipModel(nn.Module):
 
     @torch.jit.unused
     def _check_layers(self) -> None:
-        """A layer with another T would mix the frames of different clips without a word."""
-        for name, module in self.model.named_modules():
-            if isinstance(module, ClipModule) and module.num_frames != self.num_frames:
-                raise ValueError(
-                    f'num_frames={self.num_frames}, but {name or type(module).__name__} of the model has '
-                    f'num_frames={module.num_frames}; set_num_frames() sets both'
-                )
+        check_num_frames(self.model, self.num_frames)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            if not torch.compiler.is_compiling():  # a compiled graph has the layers' T in it
-                self._check_layers()
+            self._check_layers()
         x = self.fold(x)
         frames = self.model(x)
         if not torch.jit.is_scripting():
@@ -105,8 +98,8 @@ def _features(wrapper: ClipModel, name: str) -> Callable[..., Any]:
     method = getattr(wrapper.model, name)
 
     def features(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        wrapper._check_layers()
         if not torch.compiler.is_compiling():
-            wrapper._check_layers()
             check_layers(wrapper.model)  # the network's own check is in its forward(), which is not run
         return method(wrapper.fold(x), *args, **kwargs)
 

@@ -22,7 +22,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
-from .clip import ClipLayer, Consensus, Fold, check_choice, set_num_frames, temporal_keys
+from .clip import ClipLayer, Consensus, Fold, check_choice, check_num_frames, set_num_frames, temporal_keys
 from .deploy import Stem, StemNorm
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
@@ -167,10 +167,13 @@ class CMRResNet(ResNet):
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[
             List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """As timm's, of the clip's frames: maps are (B*T, C, H, W)."""
+        check_num_frames(self, self.num_frames)
         return super().forward_intermediates(self.fold(x), *args, **kwargs)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, T, C, H, W) or (B*T, C, H, W) to the last feature map of each frame, (B*T, C, H, W)."""
+        if not torch.jit.is_scripting():
+            check_num_frames(self, self.num_frames)
         x = self.fold(x)
         # from here on timm's forward_features, written out because TorchScript knows no super()
         x = self.conv1(x)

@@ -58,6 +58,30 @@ class ClipDrop(ClipModule):
         y = (clips * mask.unsqueeze(1)).flatten(0, 1)
         return y
 
+    # so that a schedule which sets the rate reaches it
+
+    @property
+    def drop_prob(self) -> float:
+        """The rate of timm's and transformers' drops."""
+        rate: float = self.drop.drop_prob  # type: ignore[assignment]
+        return rate
+
+    @drop_prob.setter
+    def drop_prob(self, rate: float) -> None:
+        self.drop.drop_prob = rate  # type: ignore[assignment]
+
+    @property
+    def p(self) -> float:
+        """The rate of torchvision's drops."""
+        rate: float = self.drop.p  # type: ignore[assignment]
+        return rate
+
+    @p.setter
+    def p(self, rate: float) -> None:
+        self.drop.p = rate  # type: ignore[assignment]
+
+    __jit_unused_properties__ = ['drop_prob', 'p']
+
     def extra_repr(self) -> str:
         return f'num_frames={self.num_frames}'
 

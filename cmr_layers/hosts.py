@@ -14,13 +14,15 @@ from typing import Any, Dict, List, Optional, Tuple, Type
 import torch
 from torch import fx, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from .front import run
 
 __all__ = ['Guard', 'Host', 'Place', 'check_layers', 'host', 'unhost']
 
-# What tools wrap around a module without changing what it computes: torch.compile, activation checkpointing, FSDP, DDP.
+# What PyTorch wraps around a module without changing what it computes: torch.compile, activation checkpointing, FSDP,
+# DDP. Anybody else's wrapper may do with what is in it what it likes.
 _WRAPPERS = ('_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module', 'module')
 
 
@@ -48,13 +50,14 @@ class Place:
 
 class Host(nn.Module):
     """The class of a host besides its own; see :func:`host`."""
-    place = Place('')  # of an instance that somebody makes with the class of a host: it runs no layers
-    own_class: Type[nn.Module]
+    # names that no module of somebody else's has
+    _cmr_place = Place('')  # of an instance that somebody makes with the class of a host: it runs no layers
+    _cmr_class: Type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, '_is_replica', False):
             raise RuntimeError('nn.DataParallel copies no inserted layers; use nn.parallel.DistributedDataParallel')
-        place = self.place
+        place = self._cmr_place
         if place.before:
             if not args:
                 raise TypeError(f'{place.at} must get its input as a positional argument, since layers run before it')
@@ -71,15 +74,17 @@ class Host(nn.Module):
         return run(place.after, y) if place.after else y
 
     def __copy__(self) -> nn.Module:
-        raise TypeError(f'{self.place.at} runs layers, and a shallow copy would run the same ones again: use deepcopy')
+        raise TypeError(
+            f'{self._cmr_place.at} runs layers, and a shallow copy would run the same ones again: use deepcopy')
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         get_state: Any = getattr(self, '__getstate__', lambda: vars(self))  # Python 3.10 has none
-        return _bare, (type(self).own_class,), get_state()
+        return _bare, (type(self)._cmr_class,), get_state()
 
     def __prepare_scriptable__(self) -> nn.Module:
+        place = self._cmr_place
         raise TypeError(
-            f'TorchScript cannot compile {self.place.at}, where insert() put {", ".join(self.place.layers)}: use '
+            f'TorchScript cannot compile {place.at}, where insert() put {", ".join(place.layers)}: use '
             f'torch.jit.trace, torch.export or torch.compile, or restore(model) first')
 
 
@@ -87,8 +92,8 @@ _CLASSES: Dict[Type[nn.Module], Type[Host]] = {}  # of each class of modules, it
 
 
 def _host_class(kind: Type[nn.Module]) -> Type[Host]:
-    if kind not in _CLASSES:
-        _CLASSES[kind] = type(kind.__name__, (Host, kind), {'__module__': __name__, 'own_class': kind})
+    if kind not in _CLASSES:  # setdefault, as another thread may be here, too
+        _CLASSES.setdefault(kind, type(kind.__name__, (Host, kind), {'__module__': __name__, '_cmr_class': kind}))
     return _CLASSES[kind]
 
 
@@ -101,12 +106,16 @@ def _bare(kind: Type[nn.Module]) -> Host:
 def host(module: nn.Module, place: Place) -> None:
     """Make a host of a module, or give one another place."""
     if not isinstance(module, Host):
-        if 'forward' in vars(module) or isinstance(module, torch.jit.ScriptModule):
+        if 'forward' in vars(module) or isinstance(module, fx.GraphModule):
             raise ValueError(
                 f'at={place.at!r} must have the forward of its class to take a layer, got a {type(module).__name__} '
-                f'whose forward was replaced or compiled')
+                f'whose forward was replaced or traced')
+        if is_parametrized(module):
+            raise ValueError(
+                f'at={place.at!r} must not be parametrized to take a layer, as its class would change under it: insert '
+                f'the layer at the block around it, or before the {type(module).__name__} is parametrized')
         module.__class__ = _host_class(type(module))
-    module.place = place  # type: ignore[assignment]
+    module._cmr_place = place  # type: ignore[assignment]
 
 
 def unhost(module: Host) -> None:
@@ -115,12 +124,14 @@ def unhost(module: Host) -> None:
     Raises:
         ValueError: Its class was changed since, which can't be taken back for whoever did it.
     """
-    kind = type(module).own_class
-    if type(module) is not _host_class(kind):
+    kind = type(module)._cmr_class
+    if type(module) is not _host_class(kind) or 'forward' in vars(module):
+        place = module._cmr_place
         raise ValueError(
-            f'{module.place.at} must be a {kind.__name__} that runs {", ".join(module.place.layers)} to be restored, '
-            f'got a {type(module).__name__}: undo first what changed its class since (parametrize, fully_shard)')
-    vars(module).pop('place', None)  # what an adapter made of the class has none
+            f'{place.at} must be a {kind.__name__} that runs {", ".join(place.layers)} to be restored, got a '
+            f'{type(module).__name__}: undo first what changed its class or its forward since (parametrize, '
+            f'fully_shard, accelerate)')
+    vars(module).pop('_cmr_place', None)  # what an adapter made of the class has none
     module.__class__ = kind  # type: ignore[assignment]
 
 
@@ -159,20 +170,21 @@ class Guard:
         for place in self.places:
             found = _find(model, place.at)
             names, layers = place.before_names + place.after_names, place.before + place.after
-            whole = _runs(found, place)
+            wrong = '' if _runs(found, place) else place.at
             for name, layer in zip(names, layers):  # a loop: generators can't be compiled
-                whole = whole and _find(model, name) is layer
-            if not whole:
+                if not wrong and _find(model, name) is not layer:
+                    wrong, found = name, _find(model, name)
+            if wrong:
                 _fail(
-                    ' and '.join(names), type(model).__name__, place.at,
+                    ' and '.join(names), type(model).__name__, place.at, wrong,
                     'gone' if found is None else f'another {type(found).__name__}')
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so it raises while it is compiled, too
-def _fail(layers: str, model: str, at: str, now: str) -> None:
+def _fail(layers: str, model: str, at: str, wrong: str, now: str) -> None:
     raise RuntimeError(
-        f'{layers} of the {model} must run once, at {at}, and that is {now} now. What replaces, wraps, fuses or '
-        f'converts a module that runs layers drops or doubles them; do it first and insert the layers then. '
+        f'{layers} of the {model} must run once, at {at}, but {wrong} is {now} now. What replaces, wraps, fuses or '
+        f'converts a module that runs layers, or a layer, drops or doubles it; do it first and insert the layers then. '
         f'restore(model) takes out what is left of them'
     )
 
@@ -187,9 +199,10 @@ def check_layers(model: nn.Module) -> None:
 
 def _content(module: nn.Module) -> Optional[nn.Module]:
     """What is in a module that only wraps another one; None if it is no wrapper."""
-    for name in _WRAPPERS:
-        if name in module._modules:
-            return module._modules[name]
+    if type(module).__module__.startswith('torch.'):
+        for name in _WRAPPERS:
+            if name in module._modules:
+                return module._modules[name]
     return None
 
 
@@ -209,7 +222,7 @@ def _runs(module: Optional[nn.Module], place: Place) -> bool:
     while module is not None and not isinstance(module, Host):
         module = _content(module)
     # The same object: a copy of the host alone, as fusing makes one, is not that of the network.
-    return module is not None and module.place is place
+    return module is not None and module._cmr_place is place
 
 
 # Of a network that is compiled as a whole, the hooks run before the compiled code does; there the check is to run as it

@@ -4,10 +4,11 @@ import re
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple, Union
 
+import torch
 from torch import Tensor, nn
 
 from .attach import Report, all_or_nothing, attach, check_network, finish
-from .clip import ClipLayer, check_choice, check_positive
+from .clip import ClipLayer, check_choice, check_num_frames, check_positive
 from .probe import like, probe
 
 __all__ = ['insert']
@@ -34,10 +35,10 @@ def insert(
 
     The module runs the layer from now on, and is copied, saved, traced, compiled and exported with it; its parameters
     keep their names. What replaces, wraps or fuses it (an adapter, SyncBatchNorm's conversion, ``fuse_modules``) drops
-    the layer or runs it twice; the network finds that out when it runs and when it is saved, and raises a RuntimeError
-    that names the layer. Do these things first, then insert, then compile; prefer a block, a convolution or an
-    activation to a batch norm. TorchScript can't compile such a module, torch.jit.trace can. Stochastic depth and
-    DropBlock are drawn once a clip from now on.
+    the layer or runs it twice; the network finds that out when it is called and when it is saved, and raises a
+    RuntimeError that names the layer; its parts, and its ``forward_features``, called without it, do not. Do these
+    things first, then insert, then compile; prefer a block, a convolution or an activation to a batch norm. TorchScript
+    can't compile such a module, torch.jit.trace can. Stochastic depth and DropBlock are drawn once a clip from now on.
 
     The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2, which halves
     what a trained network sees there. Pass ``gate_init=0.98`` to start a CME with open gates.
@@ -57,8 +58,9 @@ def insert(
         What was inserted where.
 
     Raises:
-        ValueError: A name or pattern matches nothing; where is neither of the two; a module does not run, or has no
-            tensor (N, C, H, W) there; a layer argument is out of its range.
+        ValueError: A name or pattern matches nothing; where is neither of the two; a module does not run, has no
+            tensor (N, C, H, W) there, or has not the forward of its class; the model has layers of another num_frames;
+            a layer argument is out of its range.
         TypeError: model is no module or a compiled one, layer is no class of a layer, or example_input is no tensor.
 
     Example:
@@ -81,6 +83,7 @@ def insert(
     check_network(model)
     check_choice('where', where, ('before', 'after'))
     check_positive('num_frames', num_frames)
+    check_num_frames(model, num_frames)
     targets = dict(_resolve(model, name, where) for name in _match(model, at))
     with all_or_nothing(model):
         with _spies(model, targets) as spies:
@@ -133,6 +136,8 @@ def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
     modules without it.
     """
     module = model.get_submodule(name)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ValueError(f'at={name!r} must have the forward of its class to take a layer, got a ScriptModule')
     while type(module).forward is nn.Sequential.forward and len(module._modules):
         child = next(iter(module._modules) if where == 'before' else reversed(module._modules))
         name, module = f'{name}.{child}', module.get_submodule(child)

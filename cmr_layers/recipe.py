@@ -48,6 +48,11 @@ def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
     for name, module in network.named_modules():
         if 'forward' in vars(module):
             raise ValueError(f'{name or type(module).__name__} must have the forward of its class to be saved')
+        hooks = *module._forward_hooks.values(), *module._forward_pre_hooks.values()
+        if not all(isinstance(hook, Guard) for hook in hooks):
+            raise ValueError(
+                f'{name or type(module).__name__} must have no forward hooks to be saved, since they may change what '
+                f'it computes and can not be saved; remove them first')
         if is_adopted(module) and not isinstance(module, ClipDrop):
             parts = {part: module.get_submodule(part) for part in _PARTS}
             found = {part: layer for part, layer in parts.items() if type(layer) is not nn.Identity}
@@ -56,10 +61,10 @@ def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
         hosts += _hosts(module, name, '')
     seen = {id(host['place']) for host in hosts}
     for name, module in network.named_modules():
-        if isinstance(module, Host) and id(module.place) not in seen:
+        if isinstance(module, Host) and id(module._cmr_place) not in seen:
             raise ValueError(
-                f'model ({type(network).__name__}) is only a part: {name or "it"} runs layers that were put there '
-                f'through a module outside of it; pass that one')
+                f'model ({type(network).__name__}) holds a part or a copy: {name or "it"} runs layers that were put '
+                f'there through a module outside of it; pass that one')
     for host in hosts:
         for name in (*host['before'], *host['after']):
             whole = f'{host["root"]}.{name}' if host['root'] else name
@@ -202,12 +207,12 @@ def _submodule(network: nn.Module, name: str) -> nn.Module:
 
 
 def modules(network: nn.Module) -> Dict[str, Config]:
-    """What a network is made of: the modules' classes, and of PyTorch's own and ours how they are set."""
+    """What a network is made of: the modules' classes, and of PyTorch's, timm's and ours how they are set."""
     found = {}
     for name, module in network.named_modules():
         kind = type(module).__name__
         settings = {}
-        if type(module).__module__.startswith(('torch.nn.', 'cmr_layers.')):
+        if type(module).__module__.startswith(('torch.nn.', 'timm.', 'cmr_layers.')):
             settings = {key: value for key, value in vars(module).items() if _is_setting(key, value)}
         found[name] = {'class': _SAME.get(kind, kind), **_plain(settings)}
     return found

@@ -43,7 +43,8 @@ def retrofit(
 
     The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves: adapters, fusing,
     quantizing, SyncBatchNorm's conversion, TorchScript and ``torch.fx`` work on them as on any network. Other blocks
-    (Res2Net, ResNeSt, SK, transformers') take the layers as in :func:`insert`, with the limits it names. Compile
+    (Res2Net, ResNeSt, SK, transformers', torchvision's quantizable ones) take the layers as in :func:`insert`, with the
+    limits it names. Compile
     after, not before.
 
     What the network computes before it is trained depends on ``start``:

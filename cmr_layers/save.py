@@ -25,7 +25,7 @@ __all__ = ['load_model', 'save_model']
 _CONFIG, _WEIGHTS = 'config.json', 'model.safetensors'
 _KEYS = {
     'architecture', 'network', 'timm', 'modules', 'layers', 'blocks', 'hosts', 'num_frames', 'clip_model', 'sha256'}
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 
 
 def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None:
@@ -60,7 +60,7 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
         True
     """
     check_network(model)
-    if isinstance(model, _WRAPPERS):
+    if isinstance(model, _PARALLEL):
         raise TypeError(f'model must be the network itself, got a {type(model).__name__} of it; pass model.module')
     check_layers(model)
     network, config = describe(model)

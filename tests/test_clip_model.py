@@ -12,7 +12,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
-from cmr_layers import CME, SME, ClipModel, insert, retrofit, set_num_frames
+from cmr_layers import CME, SME, TIM, ClipModel, insert, retrofit, set_num_frames
 
 T = 4
 
@@ -361,3 +361,17 @@ def test_a_wrapped_timm_network_copies_pickles_scripts_compiles_and_traces():
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), want)
     features = torch.compile(model.forward_features, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(features(x), model.forward_features(x))
+
+
+@pytest.mark.parametrize('compiled', [False, True])
+def test_error_layers_of_another_clip_length_later(compiled):
+    # set_num_frames() of a part would mix clips
+    torch._dynamo.reset()
+    model = ClipModel(net(), 4)
+    run = torch.compile(model, backend='eager', fullgraph=True) if compiled else model
+    x = torch.randn(2, 4, 3, 5, 7)
+    assert run(x).shape == (2, 8)
+    next(m for m in model.modules() if isinstance(m, TIM)).set_num_frames(8)
+    with pytest.raises((ValueError, RuntimeError), match=r'num_frames=4, but|Observed exception'):
+        run(x)
+    torch._dynamo.reset()

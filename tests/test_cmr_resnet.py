@@ -790,3 +790,11 @@ def test_error_block_args_hold_arguments_of_the_model(taken):
 def test_error_block_is_no_cmr_block(block):
     with pytest.raises(TypeError, match=r'^block must be CMRBlock, CMRBasicBlock or made of one of them, got '):
         timm.create_model('cmr_resnet18', block=block)
+
+
+@pytest.mark.parametrize('call', ['__call__', 'forward_features', 'forward_intermediates'])
+def test_error_a_part_of_another_clip_length(call):
+    model = small()
+    set_num_frames(model.layer1, 2 * T)
+    with pytest.raises(ValueError, match=rf'^num_frames={T}, but layer1\.0\.\w+ of the model has num_frames={2 * T}'):
+        getattr(model, call)(clips())

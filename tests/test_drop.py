@@ -316,3 +316,11 @@ def test_a_compiled_graph_draws_once_a_clip():
     model, x = resnet(drop_path_rate=.5).eval(), frames(2, 3, 32, 32)
     retrofit(model, num_frames=T)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), model(x))
+
+
+@pytest.mark.parametrize('drop, rate', [(DropPath(.1), 'drop_prob'), (StochasticDepth(.1, 'row'), 'p')])
+def test_a_schedule_reaches_the_rate(drop, rate):
+    shared = ClipDrop(drop, 4)
+    setattr(shared, rate, .5)
+    assert getattr(shared, rate) == getattr(drop, rate) == .5
+    assert not hasattr(shared, 'p' if rate == 'drop_prob' else 'drop_prob')

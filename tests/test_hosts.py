@@ -221,7 +221,23 @@ def restored_in_part(model):
     return model
 
 
-CHANGES = [replace, copy_alone, fold_alone, adapt, drop_the_layer, another_layer, twice, restored_in_part]
+class Twice(nn.Module):
+    """A wrapper of somebody's, with the name that PyTorch's own wrappers give to what is in them."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        return self.module(x) + nn.functional.conv2d(x, self.module.weight, None, 2, 1)
+
+
+def wrap(model):
+    model.layer2[0].conv1 = Twice(model.layer2[0].conv1)
+    return model
+
+
+CHANGES = [wrap, replace, copy_alone, fold_alone, adapt, drop_the_layer, another_layer, twice, restored_in_part]
 
 
 @pytest.mark.parametrize('change', CHANGES)
@@ -234,8 +250,8 @@ CHANGES = [replace, copy_alone, fold_alone, adapt, drop_the_layer, another_layer
 def test_error_a_layer_that_is_not_at_its_place(change, use):
     model = change(put('layer2.0.conv1'))
     with pytest.raises(RuntimeError, match=(
-            r'^layer2\.0\.conv1\.sme of the ResNet must run once, at layer2\.0\.conv1, and that is (gone|another \w+) '
-            r'now\. What .* restore\(model\) takes out what is left of them')):
+            r'^layer2\.0\.conv1\.sme of the ResNet must run once, at layer2\.0\.conv1, but layer2\.0\.conv1(\.sme)? is '
+            r'(gone|another \w+) now\. What .* restore\(model\) takes out what is left of them')):
         use(model)
 
 
@@ -279,7 +295,7 @@ def test_what_is_left_can_be_restored(change):
 
 def test_error_a_batch_norm_that_is_converted():
     model = sync(put('layer2.0.bn1'))
-    with pytest.raises(RuntimeError, match=r'^layer2\.0\.bn1\.sme of the ResNet .* is another SyncBatchNorm now'):
+    with pytest.raises(RuntimeError, match=r'^layer2\.0\.bn1\.sme .* but layer2\.0\.bn1 is another SyncBatchNorm now'):
         model(images())
 
 
@@ -406,6 +422,86 @@ def test_copies_of_a_network_are_whole(how):
 def test_error_a_shallow_copy_would_share_the_layers():
     with pytest.raises(TypeError, match=r'^layer2\.0\.conv1 runs layers, and a shallow copy would run the same ones'):
         copy.copy(put('layer2.0.conv1').layer2[0].conv1)
+
+
+def test_attributes_of_the_modules_own_stay():
+    class Own(nn.Conv2d):
+        own_class = 3
+
+        def __init__(self):
+            super().__init__(3, 8, 1)
+            self.place = torch.ones(1)
+
+        def forward(self, x):
+            return super().forward(x) * self.place * self.own_class
+
+    model, x = nn.Sequential(Own(), nn.ReLU()), images()
+    want = model(x)
+    insert(model, SME, '0', num_frames=T)
+    assert torch.equal(model(x), want.relu()) and model[0].place == 1
+    restore(model)
+    assert torch.equal(model(x), want) and vars(model[0])['place'] == 1
+
+
+@pytest.mark.parametrize('make, match', [
+    (lambda: parametrizations.weight_norm(nn.Conv2d(3, 8, 1)), r"^at='0' must not be parametrized to take a layer"),
+    (lambda: fx.symbolic_trace(nn.Sequential(nn.Conv2d(3, 8, 1))), r"^at='0' must have the forward of its class"),
+    (lambda: torch.jit.trace(nn.Conv2d(3, 8, 1), torch.zeros(1, 3, 4, 4)), r"^at='0' must have the forward of its")],
+    ids=['parametrized', 'traced', 'compiled'])
+def test_error_modules_whose_class_is_not_theirs(make, match):
+    model = nn.Sequential(make(), nn.ReLU())
+    kind, keys = type(model[0]), list(model.state_dict())
+    with pytest.raises(ValueError, match=match):
+        insert(model, TIM, '0', example_input=torch.zeros(1, 3, 4, 4))
+    assert type(model[0]) is kind and list(model.state_dict()) == keys and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize('part', ['layer1.0', 'layer2.0.conv1'])
+@pytest.mark.parametrize('change', ['class', 'forward'])
+def test_error_restore_of_what_somebody_changed(part, change):
+    model, x = resnet(), images()
+    if part == 'layer1.0':
+        retrofit(model, num_frames=T)
+    else:
+        insert(model, SME, part, num_frames=T)
+    randomize(model).eval()
+    module = model.get_submodule(part)
+    if change == 'class':  # as fully_shard does
+        module.__class__ = type(f'FSDP{type(module).__name__}', (type(module),), {})
+    else:  # as accelerate does
+        module.forward = module.forward
+    want = model(x)
+    with pytest.raises(ValueError, match=r'to be restored.*undo first what changed its class or its forward since'):
+        restore(model)
+    assert torch.equal(model(x), want)
+
+
+@pytest.mark.parametrize('at', ['layer1.0', 'layer2.0'])
+def test_a_second_insert_that_fails_leaves_the_first_as_it_was(at):
+    model, x = put('layer1.0'), images()
+    want, before = model(x), anatomy(model)
+    forward = model.layer2[1].forward
+    model.layer2[1].forward = lambda x: forward(x)
+    with pytest.raises(ValueError, match=r'must have the forward of its class'):
+        insert(model, TIM, [at, 'layer2.1'], num_frames=T)
+    del model.layer2[1].forward
+    assert anatomy(model) == before and torch.equal(model(x), want)
+    assert len(model.state_dict()) == len(resnet().state_dict()) + 6
+
+
+def test_layers_that_are_made_in_inference_mode_train():
+    for change in (lambda model: insert(model, CME, 'layer1.0'), lambda model: retrofit(model)):
+        model = resnet()
+        with torch.inference_mode():
+            change(model)
+        model(images()).sum().backward()
+        assert all(p.grad is not None for p in model.parameters())
+
+
+def test_error_layers_of_another_num_frames():
+    model = put('layer1.0')
+    with pytest.raises(ValueError, match=r'^num_frames=8, but layer1\.0\.sme of the model has num_frames=4'):
+        insert(model, TIM, 'layer2.0', num_frames=8)
 
 
 def test_error_a_forward_that_was_replaced():

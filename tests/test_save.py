@@ -363,7 +363,22 @@ class Holder(nn.Module):
         return self.body(x).mean((2, 3))
 
 
+def with_hook(model):
+    model.layer4.register_forward_hook(lambda module, args, output: output * 2)
+    return model
+
+
+def without_skips(model):
+    for module in model.modules():
+        if hasattr(module, 'has_skip'):
+            module.has_skip = False
+    return model
+
+
 REFUSED = {
+    "somebody's hook": (lambda: with_hook(retrofitted()), r'^layer4 must have no forward hooks to be saved'),
+    "a setting of timm's": (lambda: without_skips(inserted(timm.create_model('mobilenetv3_small_050'), (
+        SME, 'blocks.0.0', {}))), r'has_skip=False for True'),
     'layer': (lambda: inserted(resnet(), (Mine, 'layer1.0', {})),
               r'^layer1.0.mine must be a CME, SME or TIM to be saved, got a Mine$'),
     'norm': (lambda: inserted(resnet(), (SME, 'layer1.0', {'norm_layer': nn.InstanceNorm2d})),
@@ -406,7 +421,7 @@ REFUSED = {
     'frames of a clip model': (lambda: changed(lambda m: set_num_frames(m.model, 8), ClipModel(retrofitted(), T)),
                                r'^num_frames=4, but layer1.0.cme of the model has num_frames=8'),
     'layer outside': (lambda: inserted(Holder(), (SME, 'body', {})).body,
-                      r'^model \(Chain\) is only a part: it runs layers that were put there through a module outside'),
+                      r'^model \(Chain\) holds a part or a copy: it runs layers that were put there through a module'),
 }
 
 
