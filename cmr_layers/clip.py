@@ -41,7 +41,7 @@ def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
 def check_module(name: str, value: Any) -> None:
     """Raise a TypeError that names the argument if value is no module."""
     if not isinstance(value, nn.Module):
-        raise TypeError(f'{name} must be an nn.Module, got {value!r}')
+        raise TypeError(f'{name} must be an nn.Module, got {value!r:.99}')
 
 
 def clip_shape(num_images: int, num_frames: int) -> Tuple[int, int]:

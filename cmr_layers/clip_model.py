@@ -35,7 +35,8 @@ class ClipModel(nn.Module):
         ValueError: num_frames is no positive int, or not that of the layers in the model; at call time, not the
             clip's number of frames.
         RuntimeError: A layer of the model is not at its place any more (see :func:`insert`).
-        TypeError: model is no module; at call time, it returned something that is not a tensor (B*T, K).
+        TypeError: model is no module, or takes clips itself, as the ``cmr_resnet`` family does; at call time, it
+            returned something that is not a tensor (B*T, K).
 
     Example:
         >>> import timm
@@ -47,6 +48,10 @@ class ClipModel(nn.Module):
     def __init__(self, model: nn.Module, num_frames: int = 8) -> None:
         super().__init__()
         check_module('model', model)
+        if any(isinstance(module, Fold) for module in model.modules()):
+            raise TypeError(
+                f'model must be a network of frames, got a {type(model).__name__} that takes clips itself and needs no '
+                f'ClipModel')
         self.fold = Fold(num_frames)
         self.model = model
         self.consensus = Consensus(num_frames)

@@ -4,7 +4,7 @@ Both drop parts of single samples while a network trains. To an image network ea
 that loses a branch its neighbours keep looks like motion to SME, and like a difference to CME.
 """
 import re
-from typing import List
+from typing import ClassVar, List
 
 import torch
 from timm.layers import register_notrace_module
@@ -80,7 +80,7 @@ class ClipDrop(ClipModule):
     def p(self, rate: float) -> None:
         self.drop.p = rate  # type: ignore[assignment]
 
-    __jit_unused_properties__ = ['drop_prob', 'p']
+    __jit_unused_properties__: ClassVar[List[str]] = ['drop_prob', 'p']
 
     def extra_repr(self) -> str:
         return f'num_frames={self.num_frames}'

