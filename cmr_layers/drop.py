@@ -18,6 +18,11 @@ __all__ = ['ClipDrop', 'share_drops']
 _DROPS = re.compile(r'.*(DropPath|StochasticDepth|DropBlock(2d)?)')
 
 
+def _rate(name: str) -> property:
+    """The rate of the module in a ClipDrop, so that a schedule which sets it reaches it."""
+    return property(lambda shared: getattr(shared.drop, name), lambda shared, rate: setattr(shared.drop, name, rate))
+
+
 @register_notrace_module
 class ClipDrop(ClipModule):
     """What another module drops of a clip's first frame, dropped of all its frames.
@@ -58,28 +63,8 @@ class ClipDrop(ClipModule):
         y = (clips * mask.unsqueeze(1)).flatten(0, 1)
         return y
 
-    # so that a schedule which sets the rate reaches it
-
-    @property
-    def drop_prob(self) -> float:
-        """The rate of timm's and transformers' drops."""
-        rate: float = self.drop.drop_prob  # type: ignore[assignment]
-        return rate
-
-    @drop_prob.setter
-    def drop_prob(self, rate: float) -> None:
-        self.drop.drop_prob = rate  # type: ignore[assignment]
-
-    @property
-    def p(self) -> float:
-        """The rate of torchvision's drops."""
-        rate: float = self.drop.p  # type: ignore[assignment]
-        return rate
-
-    @p.setter
-    def p(self, rate: float) -> None:
-        self.drop.p = rate  # type: ignore[assignment]
-
+    drop_prob = _rate('drop_prob')  # timm's and transformers' name of it
+    p = _rate('p')  # torchvision's
     __jit_unused_properties__: ClassVar[List[str]] = ['drop_prob', 'p']
 
     def extra_repr(self) -> str:
