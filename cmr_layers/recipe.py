@@ -59,9 +59,10 @@ def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
             layers.update({f'{name}.{part}': _layer_config(f'{name}.{part}', layer) for part, layer in found.items()})
             blocks.append({'name': name, 'layers': list(found)})
         hosts += _hosts(module, name, '')
-    seen = {id(host['place']) for host in hosts}
+    guards = [guard for module in model.modules() if (guard := Guard.of(module)) is not None]
+    places = {place for guard in guards for place in guard.places}
     for name, module in network.named_modules():
-        if isinstance(module, Host) and id(module._cmr_place) not in seen:
+        if isinstance(module, Host) and module._cmr_place not in places:
             raise ValueError(
                 f'model ({type(network).__name__}) holds a part or a copy: {name or "it"} runs layers that were put '
                 f'there through a module outside of it; pass that one')
@@ -69,7 +70,6 @@ def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
         for name in (*host['before'], *host['after']):
             whole = f'{host["root"]}.{name}' if host['root'] else name
             layers[whole] = _layer_config(whole, network.get_submodule(whole))
-        del host['place']
     frames = {module.num_frames for module in model.modules() if isinstance(module, ClipModule)}
     if len(frames) > 1:
         raise ValueError(f'model ({type(model).__name__}) has layers of different num_frames: {sorted(frames)}')
@@ -91,8 +91,7 @@ def _hosts(module: nn.Module, root: str, prefix: str) -> Iterator[Config]:
         if not all(name.startswith(prefix) for name in names):
             raise ValueError(f'{place.at} of the {type(module).__name__} is not in the network, so it can not be saved')
         at, *layers = (name[len(prefix):] for name in names)
-        yield {'root': root, 'at': at, 'before': layers[:len(place.before)], 'after': layers[len(place.before):],
-               'place': place}
+        yield {'root': root, 'at': at, 'before': layers[:len(place.before)], 'after': layers[len(place.before):]}
 
 
 def _timm_config(network: nn.Module) -> Optional[Config]:

@@ -14,23 +14,23 @@ import cmr_layers
 ROOT = Path(__file__).parents[1]
 
 
+def build(kind, out, pattern):
+    subprocess.run([sys.executable, '-m', 'build', f'--{kind}', '--outdir', str(out), str(ROOT)], check=True,
+                   stdout=subprocess.DEVNULL)
+    [path] = out.glob(pattern)
+    return path
+
+
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp('dist')
-    subprocess.run([sys.executable, '-m', 'build', '--wheel', '--outdir', str(out), str(ROOT)], check=True,
-                   stdout=subprocess.DEVNULL)
-    [path] = out.glob('*.whl')
-    return path
+    return build('wheel', tmp_path_factory.mktemp('dist'), '*.whl')
 
 
 @pytest.fixture(scope='module')
 def sdist(tmp_path_factory):
     """The unpacked sdist."""
     out = tmp_path_factory.mktemp('sdist')
-    subprocess.run([sys.executable, '-m', 'build', '--sdist', '--outdir', str(out), str(ROOT)], check=True,
-                   stdout=subprocess.DEVNULL)
-    [path] = out.glob('*.tar.gz')
-    with tarfile.open(path) as archive:
+    with tarfile.open(build('sdist', out, '*.tar.gz')) as archive:
         archive.extractall(out, filter='data')
     return out / f'cmr_layers-{cmr_layers.__version__}'
 
