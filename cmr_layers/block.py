@@ -10,11 +10,12 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
+from .bypass import is_bare, is_own
 from .clip import ClipLayer, check_choice
 from .cme import CME
+from .cme_tim import cme_tim_conv
 from .deploy import fold_norms
 from .drop import share_drops
-from .front import front, is_bare, is_own
 from .sme import SME
 from .tim import TIM
 
@@ -44,12 +45,12 @@ class TemporalBlock(nn.Module):
             x = self.tim(x)
             x = self.conv1(x)
         else:
-            x = front(self.cme, self.tim, self.conv1, x)
+            x = cme_tim_conv(self.cme, self.tim, self.conv1, x)
         return x
 
     def _end(self, act: nn.Module, x: Any, shortcut: Any) -> Any:
         """``sme(act(x + shortcut))``; x is overwritten."""
-        if isinstance(x, Tensor) and isinstance(self.sme, SME) and is_own(self.sme, SME):
+        if isinstance(x, Tensor) and is_own(self.sme, SME):
             if type(act) is nn.ReLU and is_bare(act):
                 return self.sme.forward_sum(x, shortcut)
         x += shortcut

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils._pytree import tree_map_only
 
+from .bypass import is_bare, is_pytorch_conv, is_pytorch_norm
 from .clip import OneNode, check_module
-from .front import is_bare, is_plain, is_plain_norm
 
 __all__ = ['Stem', 'StemNorm', 'fold_norms', 'graphed']
 
@@ -62,7 +62,7 @@ def fold_norms(module: nn.Module) -> nn.Module:
 
 
 def _is_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    return is_plain(conv) and is_plain_norm(norm)
+    return is_pytorch_conv(conv) and is_pytorch_norm(norm)
 
 
 @torch.no_grad()

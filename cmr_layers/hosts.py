@@ -17,7 +17,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
-from .front import run
+from .cme_tim import run
 
 __all__ = ['Guard', 'Host', 'Place', 'check_layers', 'host', 'unhost']
 

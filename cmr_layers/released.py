@@ -39,10 +39,10 @@ from torch import Tensor, nn
 
 from . import block, sme
 from . import released_checkpoint as checkpoint
+from .bypass import is_bare
 from .clip import ClipLayer, check_positive, temporal_keys
 from .cmr_resnet import CMRResNet, check_pretrained
 from .deploy import fold_norms
-from .front import is_bare
 
 __all__ = ['CME', 'CMRBlock', 'ReleasedCMRResNet', 'load_released_checkpoint']
 

@@ -10,9 +10,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from . import ops
+from .bypass import is_bare, is_pytorch_conv, is_pytorch_norm
 from .clip import ClipLayer
 from .deploy import fold_norms
-from .front import is_bare, is_plain, is_plain_norm
 
 __all__ = ['SME']
 
@@ -90,7 +90,7 @@ class SME(ClipLayer):
         return v
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
-        if not is_plain(self.conv):
+        if not is_pytorch_conv(self.conv):
             ops.choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked or not an nn.Conv2d')
             return super().forward_frames(x, num_frames)
         return self._add_motion(x, num_frames)
@@ -101,7 +101,7 @@ class SME(ClipLayer):
         On a GPU what writes the sum computes the similarities, too, and so saves SME a pass.
         """
         frames, num_frames = self.frames(x)
-        if is_plain(self.conv) and ops.knows_similarity(frames, num_frames, self.conv.weight, owner=self):
+        if is_pytorch_conv(self.conv) and ops.knows_similarity(frames, num_frames, self.conv.weight, owner=self):
             y, known = ops.rectified_sum(frames, shortcut, num_frames)
             return self._add_motion(y, num_frames, known)
         v: Tensor = self(x.add_(shortcut).relu_())
@@ -113,7 +113,7 @@ class SME(ClipLayer):
             if type(bn) is nn.Identity and is_bare(bn):  # folded
                 return ops.sme(
                     x, num_frames, conv.weight, conv.bias, None, None, None, None, 0., owner=self, known=known)
-            if is_plain_norm(bn) and not bn.training:
+            if is_pytorch_norm(bn) and not bn.training:
                 return ops.sme(
                     x, num_frames, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
                     owner=self, known=known)

@@ -12,7 +12,7 @@ from interpreter import DEVICE, interpreted
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, CMRBlock, released
-from cmr_layers.front import front
+from cmr_layers.cme_tim import cme_tim_conv
 from cmr_layers.ops import dense, rectify_gradient, use_path
 
 T, C = 2, 6
@@ -29,7 +29,7 @@ class Front(nn.Module):
         self.cme, self.tim, self.conv = CME(C, T, reduction=2), TIM(C, T), nn.Conv2d(C, 4, 1)
 
     def forward(self, x):
-        return front(self.cme, self.tim, self.conv, x)
+        return cme_tim_conv(self.cme, self.tim, self.conv, x)
 
 
 class End(nn.Module):
