@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cmr_layers.released  # noqa: F401  (registers the family, and the released variant)
 from benchmarks.machine import describe, result_file
+from benchmarks.markdown import table
 from benchmarks.runtime.models import NUM_CLASSES, OFF_THE_SHELF, TABLE_7
 
 # What the paper prints, in G: Table 1 for 8 and 16 frames, Table 3 for r1 = r2.
@@ -67,13 +68,8 @@ def measure() -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return '\n'.join(f'| {" | ".join(row)} |' for row in [head, ['---'] * len(head), *rows])
-
-
 def render(results: dict[str, Any]) -> str:
-    """The README's tables."""
+    """The tables of docs/paper.md."""
     def cells(entry: dict[str, float]) -> list[str]:
         return [f'{entry["gmacs"]:.2f}', f'{entry["mparams"]:.2f}']
 

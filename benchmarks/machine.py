@@ -41,7 +41,7 @@ def describe(*packages: str) -> dict[str, Any]:
     """Machine, versions, date and command, as every committed result carries them."""
     return {
         'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        'command': shlex.join(['python', '-m', *_module(), *sys.argv[1:]]),
+        'command': shlex.join(['python', *_module(), *sys.argv[1:]]),
         'machine': f'{_processor()}, {os.cpu_count()} cores, {platform.system()}',
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         'python': platform.python_version(),
@@ -51,4 +51,4 @@ def describe(*packages: str) -> dict[str, Any]:
 
 def _module() -> list[str]:
     spec = getattr(sys.modules['__main__'], '__spec__', None)
-    return [spec.name.removesuffix('.__main__')] if spec else [sys.argv[0]]
+    return ['-m', spec.name.removesuffix('.__main__')] if spec else [sys.argv[0]]

@@ -1,4 +1,4 @@
-"""Time CMR beside its peers: the paper's Table 7, Tables 3 and 5, 16 frames, training, modes, precision, scaling.
+"""Time CMR beside its peers, its operators beside their reference, and all of it against the goals.
 
     python -m benchmarks.runtime                                          # everything, on a GPU if there is one
     python -m benchmarks.runtime --studies latency --models tsm tdrl cmr  # a part
@@ -6,12 +6,11 @@
     python -m benchmarks.runtime --studies latency --against benchmarks/results/runtime-cpu.json
     python -m benchmarks.runtime --quick                                  # a smoke run
 
-What a study compares is interleaved (benchmarks/timing.py). A run is several passes; in each, every network is built
-and warmed up anew. Ratios are medians of those within the rounds, their intervals are bootstrapped over passes and
-rounds. Needs the extra [bench].
+What a study compares is interleaved (:mod:`.timing`). A run is several passes; in each, every network is built and
+warmed up anew. Times and ratios are medians, with intervals bootstrapped over passes and rounds (:mod:`.interval`).
+Needs the extra [bench].
 """
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -19,20 +18,29 @@ from typing import Any
 
 import torch
 
-from benchmarks import timing
-from benchmarks.candidates import Setting
-from benchmarks.machine import positive
-from benchmarks.runtime import render
-from benchmarks.runtime.measure import NO_TIME, measure
-from benchmarks.runtime.models import MODELS
-from benchmarks.runtime.plan import MODES, ON, STUDIES, Candidate, Study, studies
+from benchmarks.machine import positive, result_file
+from benchmarks.runtime import tables
+from benchmarks.runtime.candidate import MODES, ON, Setting
+from benchmarks.runtime.compare import compare
+from benchmarks.runtime.measure import measure
+from benchmarks.runtime.models import MODELS, OPERATORS
+from benchmarks.runtime.plan import STUDIES, Study, studies
+from benchmarks.runtime.results import NO_TIME, candidates_of, covers, environment, read, resume, save
+from benchmarks.runtime.timing import Deadline
 
-_IDENTITY = ('machine', 'gpu', 'threads', 'versions', 'base', 'rounds', 'quick')
+_QUICK_STUDIES = ('latency', 'operators', 'training', 'throughput', 'layers')
+_QUICK_MODELS = (
+    'stm', 'tdrl', 'cme', 'sme', 'cmr', 'first-first', 'layer shift', 'layer pem', 'layer cme', 'cme_tim 256',
+    'motion_conv 256')
 
 
 def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
     """The arguments, the setting that the studies vary, and these."""
-    parser = timing.arguments(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        '--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='default: %(default)s')
+    parser.add_argument('--layout', choices=['channels_last', 'contiguous'], default='channels_last')
     parser.add_argument(
         '--studies', nargs='+', choices=list(STUDIES), metavar='STUDY', default=list(STUDIES),
         help='; '.join(f'{name}: {text}' for name, text in STUDIES.items()))
@@ -41,20 +49,27 @@ def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
         help=f'only these, and tsn and tsm, to which ratios are taken: {", ".join(MODELS)}')
     parser.add_argument(
         '--modes', nargs='+', choices=list(MODES), metavar='MODE', help=f'only these: {", ".join(MODES)}')
+    parser.add_argument('--rounds', type=positive, help='samples of each candidate in a pass')
     parser.add_argument('--passes', type=positive, help='how often all is built anew (default: 3)')
     parser.add_argument(
         '--dtype', choices=['fp32', 'tf32', 'fp16', 'bf16'], help='default: fp16 on CUDA, fp32 on a CPU')
     parser.add_argument('--frames', type=positive, default=8, help='of a clip; default: %(default)s')
     parser.add_argument('--batch', type=positive, default=1, help='clips, for latency; default: %(default)s')
     parser.add_argument('--size', type=positive, help='height and width of the frames; default: 224')
+    parser.add_argument('--minutes', type=float, help='time limit; what does not fit is left out and said')
+    parser.add_argument('--quick', action='store_true', help='a smoke run: small, few rounds, no numbers to quote')
+    parser.add_argument('--out', type=result_file, help='write the results there, as JSON')
     parser.add_argument('--fresh', action='store_true', help='overwrite --out rather than go on where it ends')
     parser.add_argument('--against', type=Path, help='a result file: say whether its ratios came out again')
     args = parser.parse_args()
-    timing.check_device(parser, args)
     cuda = args.device == 'cuda'
+    if cuda and not torch.cuda.is_available():
+        parser.error('argument --device: cuda, but there is none here; choose cpu')
+    if args.minutes is not None and not args.minutes > 0:
+        parser.error(f'argument --minutes: must be more than 0, got {args.minutes:g}')
     args.dtype = args.dtype or ('fp16' if cuda else 'fp32')
     args.passes = args.passes or (1 if args.quick else 3)
-    args.rounds = args.rounds or (2 if args.quick else 15 if cuda else 4)
+    args.rounds = args.rounds or (2 if args.quick else 15 if cuda else 6)
     args.minutes = args.minutes or (8.5 if cuda else 24 * 60)
     args.size = args.size or (64 if args.quick else 224)
     if args.dtype == 'tf32' and not cuda:
@@ -73,10 +88,13 @@ def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
     base = Setting(args.device, args.dtype, args.batch, args.size, args.layout, args.frames)
     asked = args.models or ()
     if args.quick and not args.models:
-        args.models = ['stm', 'tdrl', 'cme', 'sme', 'cmr', 'first-first', 'layer shift', 'layer pem', 'layer cme']
+        args.models = list(_QUICK_MODELS)
     if args.quick and args.studies == list(STUDIES):
-        args.studies = ['latency', 'throughput', 'placement', 'training', 'scale-frames', 'scale-layers']
+        args.studies = list(_QUICK_STUDIES)
     plan = studies(args.studies, base, args.passes, args.rounds, args.models, args.modes)
+    if args.quick and not args.modes:  # compiling a network takes a minute
+        plan = [study._replace(candidates=tuple(
+            c for c in study.candidates if not c.compiles or c.model in OPERATORS)) for study in plan]
     planned = {c.model for study in plan for c in study.candidates}
     for name in asked:
         if name not in planned:
@@ -95,55 +113,8 @@ def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
 
 def header(args: argparse.Namespace, base: Setting) -> dict[str, Any]:
     return {
-        **timing.environment(), 'device': args.device, 'base': base._asdict(), 'passes': args.passes,
+        **environment(), 'device': args.device, 'base': base._asdict(), 'passes': args.passes,
         'rounds': args.rounds, 'quick': args.quick}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A result file of this benchmark.
-
-    Raises:
-        OSError: It can't be read.
-        ValueError: It is something else.
-    """
-    try:
-        results = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is no JSON: {error}') from error
-    if not isinstance(results, dict) or not results.keys() >= {*_IDENTITY, 'units'}:
-        raise ValueError(f'{path} is no result file of benchmarks.runtime')
-    return results
-
-
-def resume(path: Path, head: dict[str, Any], plan: list[Study]) -> list[dict[str, Any]]:
-    """Units of an unfinished file. Numbers of two machines are never mixed, and none are overwritten.
-
-    Raises:
-        OSError, ValueError: It can't be read, it was measured elsewhere or otherwise, or a study has other candidates
-            there: what was not interleaved is not put side by side.
-    """
-    old = read(path)
-    otherwise = 'choose another file, or --fresh to overwrite it'
-    for key in _IDENTITY:
-        if old[key] != head[key]:
-            raise ValueError(
-                f'{path} has {key} {json.dumps(old[key])}, this run {json.dumps(head[key])}: {otherwise}')
-    planned = {study.name: study for study in plan}
-    for unit in old['units']:
-        study = planned.get(unit['study'])
-        if study and not _covers(unit, study) and not _candidates(unit) <= set(study.candidates):
-            raise ValueError(f'{path} has other models or modes of the study {study.name}: {otherwise}')
-    head['date'], head['command'] = old['date'], old['command']
-    units: list[dict[str, Any]] = old['units']
-    return units
-
-
-def save(path: Path, head: dict[str, Any], units: list[dict[str, Any]]) -> None:
-    """One line for each unit; whole or not at all."""
-    text = json.dumps(head, indent=1)[:-2] + ',\n "units": [\n' + ',\n'.join(map(json.dumps, units)) + '\n]\n}\n'
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def bar(total: int, done: int) -> Any:
@@ -155,9 +126,9 @@ def bar(total: int, done: int) -> Any:
 
 
 def main() -> int:
-    start = timing.Deadline(0)
+    start = Deadline(0)
     args, base, plan = parse()
-    deadline = timing.Deadline(60 * args.minutes + start.left())
+    deadline = Deadline(60 * args.minutes + start.left())
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which measures memory, greets and parts
     torch.backends.cudnn.benchmark = True  # everything is to be as fast as it gets
     head = header(args, base)
@@ -170,14 +141,14 @@ def main() -> int:
             return 2
     run(args, plan, deadline, head, units)
     results = {**head, 'units': units}
-    print(render.render(results), 'Operations and parameters: python -m benchmarks.flops', sep='\n\n')
+    print(tables.render(results), 'Operations and parameters: python -m benchmarks.flops', sep='\n\n')
     names = {study.name for study in plan}
     failed = sorted({
         f'{entry["model"]}, {entry["mode"]} ({entry["missing"]})'
         for unit in units if unit['study'] in names for entry in unit['entries']
         if entry.get('missing', NO_TIME) != NO_TIME})
     if args.against:
-        verdict = render.compare(results, args.against)
+        verdict = compare(results, args.against)
         print('', verdict.text, sep='\n')
         for key in ('machine', 'gpu', 'versions'):
             if results[key] != args.against[key]:
@@ -192,34 +163,34 @@ def main() -> int:
 
 
 def run(
-        args: argparse.Namespace, plan: list[Study], deadline: timing.Deadline, head: dict[str, Any],
+        args: argparse.Namespace, plan: list[Study], deadline: Deadline, head: dict[str, Any],
         units: list[dict[str, Any]],
 ) -> None:
     """Measure what the units lack. The first pass of all studies comes before the second of any."""
     finished = {(unit['study'], unit['pass']): unit for unit in units}
     todo = [(study, number) for number in range(args.passes) for study in plan if number < study.passes]
-    sizes = [len(study.candidates) * (study.rounds + 1) for study, _ in todo]
+    sizes = [len(study.of_pass(number).candidates) * (study.rounds + 1) for study, number in todo]
     done = sum(
-        size for (study, number), size in zip(todo, sizes) if _covers(finished.get((study.name, number)), study))
+        size for (study, number), size in zip(todo, sizes) if covers(finished.get((study.name, number)), study))
     late: list[str] = []
     durations = dict.fromkeys(STUDIES, 0.)
     with bar(sum(sizes), done) as progress:
         for study, number in todo:
-            if _covers(finished.get((study.name, number)), study):
+            if covers(finished.get((study.name, number)), study):
                 continue
             progress.set_description(f'{study.name}, pass {number + 1} of {study.passes}')
             if deadline.left() < durations[study.name] or deadline.left() < 0:
                 late.append(f'{study.name}, pass {number + 1}')  # one that would be cut off is none
                 continue
-            start = timing.Deadline(0)
+            start = Deadline(0)
             entries = measure(study, number, deadline, progress.update)
             durations[study.name] = -start.left()
             unit = {
-                'study': study.name, 'pass': number, 'date': timing.environment()['date'], 'entries': entries}
+                'study': study.name, 'pass': number, 'date': environment()['date'], 'entries': entries}
             cut = [f'{e["model"]}, {e["mode"]}' for e in entries if e.get('missing') == NO_TIME]
             if cut:
                 late.append(f'{study.name}, pass {number + 1}: {", ".join(dict.fromkeys(cut))}')
-            if len(_candidates(unit)) <= len(_candidates(finished.get((study.name, number)))):
+            if len(candidates_of(unit)) <= len(candidates_of(finished.get((study.name, number)))):
                 continue  # no more than what is there, or nothing at all
             units[:] = [unit for unit in units if (unit['study'], unit['pass']) != (study.name, number)]
             units.append(unit)
@@ -227,18 +198,6 @@ def run(
                 save(args.out, head, units)
     if late:
         print(f'no time was left for: {"; ".join(late)}', file=sys.stderr)
-
-
-def _candidates(unit: dict[str, Any] | None) -> set[Candidate]:
-    """What a unit has results of; that a candidate failed is one, too."""
-    return {
-        Candidate(e['model'], e['mode'], Setting.of(e), e['width'], e['training'])
-        for e in (unit or {'entries': ()})['entries'] if e.get('missing') != NO_TIME}
-
-
-def _covers(unit: dict[str, Any] | None, study: Study) -> bool:
-    """Whether a finished unit has all that is wanted of it."""
-    return _candidates(unit).issuperset(study.candidates)
 
 
 if __name__ == '__main__':

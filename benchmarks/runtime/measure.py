@@ -1,35 +1,25 @@
 """One pass of a study: build everything, check it, time it side by side."""
 import gc
-import math
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks import timing
-from benchmarks.candidates import COMPILED, Setting, Workshop, trained, trainer
-from benchmarks.runtime.models import MODELS
-from benchmarks.runtime.plan import MODES, Candidate, Study
+from benchmarks.runtime import timing
+from benchmarks.runtime.candidate import MODES, Candidate
+from benchmarks.runtime.memory import peak_bytes
+from benchmarks.runtime.models import OPERATORS
+from benchmarks.runtime.plan import Study
+from benchmarks.runtime.results import NO_TIME
+from benchmarks.runtime.workshop import TrainingStep, Workshop, relative_error
 
-__all__ = ['LIMITS', 'NO_TIME', 'build', 'measure']
+__all__ = ['LIMITS', 'measure']
 
-NO_TIME = 'no time left'
-
-# How far logits may be from those of the reference path in float32, in units of the largest of them
+# How far logits may be from the truth, in units of the largest of them
 LIMITS = {'fp32': 1e-3, 'tf32': 2e-2, 'fp16': 5e-2, 'bf16': .3}
-# Inputs of a small layer are so many that they don't all stay in a GPU's cache
-CACHE_BYTES = 1.3e8
-
-
-def build(name: str, frames: int, width: float = 1) -> nn.Module:
-    """A model of :data:`~benchmarks.runtime.models.MODELS`, its values the same at every call."""
-    kwargs: dict[str, Any] = {}
-    if width != 1:
-        kwargs['channels'] = tuple(int(64 * 2 ** stage * width) for stage in range(4))
-    return trained(lambda: MODELS[name].build(num_frames=frames, **kwargs))
 
 
 def measure(
@@ -40,53 +30,51 @@ def measure(
     Args:
         study: What to measure.
         number: Of the pass. The first one also measures memory, and how far every mode is from the reference path in
-            float32; the number seeds the order.
+            float64; the number seeds the order.
         deadline: What does not start before it is left out, and says so.
         tick: Called for every candidate that is made and for every sample.
 
     Returns:
-        For each candidate its fields, and ``samples`` (seconds), ``host`` (CUDA), ``error``, ``memory_bytes``; or
-        ``missing``, with the reason.
+        For each candidate its fields, and ``samples`` (seconds), ``host`` (CUDA), ``error``, ``memory_bytes`` and, for
+        training, ``held_bytes``; or ``missing``, with the reason.
     """
+    spent: dict[bool, list[float]] = {False: [], True: []}  # seconds to make a candidate, not compiled and compiled
+    return [
+        entry for group in study.of_pass(number).groups() for entry in _measure(group, number, deadline, spent, tick)]
+
+
+def _measure(
+        study: Study, number: int, deadline: timing.Deadline, spent: dict[bool, list[float]],
+        tick: Callable[[], object],
+) -> list[dict[str, Any]]:
     device = study.candidates[0].setting.device
     _prepare(device)
-    workshops: _Workshops = {}
+    workshop = Workshop()
     entries: dict[Candidate, dict[str, Any]] = {}
     calls: dict[Candidate, timing.Call] = {}
-    longest = {False: 0., True: 120.}  # seconds to make a candidate, not compiled and compiled: a guess at first
-    for candidate in study.candidates:
-        fields = candidate._asdict()
-        entry = entries[candidate] = {**fields.pop('setting')._asdict(), **fields}
+    for c in study.candidates:
+        fields = c._asdict()
+        entry = entries[c] = {**fields.pop('setting')._asdict(), **fields}
         start = time.monotonic()
-        compiled = candidate.mode in COMPILED and not _is_compiled(candidate, workshops)
-        if deadline.left() < longest[compiled]:
+        compiles = c.compiles and not workshop.has_compiled(c)
+        if deadline.left() < max(spent[compiles], default=120 if compiles else 0):  # a guess at first
             entry['missing'] = NO_TIME
             continue
         try:
-            run, inputs = _make(candidate, workshops)
-            if number == 0 and not candidate.training:
-                entry['error'] = _error(candidate, run, inputs[0], workshops)
-            call = timing.rotate(run, [[x] for x in inputs])
-            call()  # an optimizer makes its state, a library chooses its algorithm
-            if number == 0 and 'graph' not in candidate.mode:  # whose memory is its own, and was there before the call
-                peak = timing.peak_bytes if device == 'cuda' else timing.peak_host_bytes
-                entry['memory_bytes'] = peak(call)
-            if device == 'cuda':
-                torch.cuda.synchronize()  # a fault of these kernels is this candidate's
-            calls[candidate] = call
+            calls[c] = _prepared(c, workshop, entry, number == 0)
         except Exception as reason:  # the other candidates are worth their time
             traceback.print_exc()
             entry['missing'] = f'{type(reason).__name__}: {str(reason).partition(chr(10))[0]}'
             if device == 'cuda':
                 torch.cuda.synchronize()  # raises again if the device is lost to all that would follow
-        longest[compiled] = max(longest[compiled], time.monotonic() - start)
+        spent[compiles].append(time.monotonic() - start)
         tick()
     if calls:
         samples = timing.interleave(calls, device, study.rounds, max(0, deadline.left()), number, tick)
-        for candidate, values in samples.time.items():
-            entries[candidate]['samples'] = _short(values)
-            if candidate in samples.host:
-                entries[candidate]['host'] = _short(samples.host[candidate])
+        for c, values in samples.time.items():
+            entries[c]['samples'] = _short(values)
+            if c in samples.host:
+                entries[c]['host'] = _short(samples.host[c])
     return list(entries.values())
 
 
@@ -99,86 +87,41 @@ def _prepare(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-_Workshops = dict[tuple[Any, ...], tuple[Workshop, list[Tensor]]]
+def _prepared(c: Candidate, workshop: Workshop, entry: dict[str, Any], first: bool) -> timing.Call:
+    """What to time, checked and warmed up."""
+    run, inputs = workshop.run(c), workshop.inputs(c)
+    if first and (not c.training or c.model in OPERATORS):
+        entry['error'] = _error(c, run, workshop)
+    call = timing.rotate(run, [[x] for x in inputs])
+    if 'error' not in entry:
+        call()  # an optimizer makes its state, a library chooses its algorithm
+    if first and not MODES[c.mode].graph:  # whose memory is its own, and was there before the call
+        entry['memory_bytes'] = peak_bytes(call, c.setting.device)
+    if isinstance(run, TrainingStep):
+        entry['held_bytes'] = run.held_bytes()
+    if c.setting.device == 'cuda':
+        torch.cuda.synchronize()  # a fault of these kernels is this candidate's
+    return call
 
 
-def _key(candidate: Candidate) -> tuple[Any, ...]:
-    return candidate.setting, candidate.width, MODELS[candidate.model].in_channels, candidate.training
-
-
-def _is_compiled(candidate: Candidate, workshops: _Workshops) -> bool:
-    """Whether a graph has been compiled already that the candidate will only capture."""
-    path, mode = MODES[candidate.mode]
-    key = _key(candidate)
-    return mode != 'frozen' and key in workshops and workshops[key][0].has_compiled(candidate.model, path)
-
-
-def _make(candidate: Candidate, workshops: _Workshops) -> tuple[Callable[[Tensor], Tensor], list[Tensor]]:
-    """What to time, and what to call it with in turn."""
-    setting, key = candidate.setting, _key(candidate)
-    if key not in workshops:
-        channels, dtype = MODELS[candidate.model].in_channels, torch.float32 if candidate.training else None
-        with torch.inference_mode(not candidate.training):  # as CUDA graphs have them inside
-            inputs = setting.inputs(1, dtype, channels)
-            size = inputs[0].numel() * inputs[0].element_size()
-            count = max(4, math.ceil(CACHE_BYTES / size)) if setting.device == 'cuda' and channels > 3 else 4
-            inputs = setting.inputs(count, dtype, channels)
-        workshops[key] = Workshop(
-            setting, lambda name: build(name, setting.frames, candidate.width), inputs[0]), inputs
-    workshop, inputs = workshops[key]
-    path, mode = MODES[candidate.mode]
-    if candidate.training:
-        _, run, _ = trainer(setting, workshop.build(candidate.model), path)
-    else:
-        with precision(setting):
-            run = workshop.candidate(candidate.model, path, mode)
-    return _precisely(run, setting), inputs
-
-
-def _error(
-        candidate: Candidate, run: Callable[[Tensor], Tensor], x: Tensor, workshops: _Workshops) -> float:
-    """Of what will be timed, relative to the reference path.
+def _error(c: Candidate, run: Callable[[Tensor], Any], workshop: Workshop) -> float:
+    """Of what will be timed, on the first clip; of an operator's gradients, the worst.
 
     Raises:
         FloatingPointError: It is not finite.
         ArithmeticError: It is beyond the limit of the data type. Who computes something else is not timed.
     """
-    workshop, _ = workshops[_key(candidate)]
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it runs once
     try:
-        with precision(candidate.setting._replace(dtype='fp32')):
-            truth = workshop.truth(candidate.model, torch.float32)
+        truth = workshop.truth(c)
     finally:
         torch.backends.cudnn.benchmark = searching
-    error = timing.relative_error([run(x)], [truth])
-    if error > LIMITS[candidate.setting.dtype]:
+    found = run(workshop.inputs(c)[0])
+    error = relative_error(found if c.training else [found[:len(truth[0])]], truth)
+    # gradients of W1 and W2 are small differences where frames are alike: they have no limit but being finite
+    if error > LIMITS[c.setting.dtype] and not c.training:
         raise ArithmeticError(f'off by {error:.0e} of the largest logit')
     return error
-
-
-class precision:
-    """Within it, float32 products may or may not be of TF32, as the setting's data type says. CUDA only."""
-
-    def __init__(self, setting: Setting) -> None:
-        self.allow = setting.dtype == 'tf32' if setting.dtype in ('fp32', 'tf32') else None
-
-    def __enter__(self) -> None:
-        self.before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        if self.allow is not None:
-            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.allow
-
-    def __exit__(self, *_: object) -> None:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = self.before
-
-
-def _precisely(run: Callable[[Tensor], Tensor], setting: Setting) -> Callable[[Tensor], Tensor]:
-    if setting.device == 'cpu' or setting.dtype not in ('fp32', 'tf32'):
-        return run
-
-    def call(x: Tensor) -> Tensor:
-        with precision(setting):
-            return run(x)
-    return call
 
 
 def _short(values: list[float]) -> list[float]:

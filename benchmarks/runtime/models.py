@@ -1,5 +1,6 @@
 """Everything that is compared, under its name in the tables, with what the paper says of it."""
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import timm
@@ -13,12 +14,13 @@ from benchmarks.peers.tdrl import PEM
 from benchmarks.peers.tea import ME
 from benchmarks.peers.tei import MEM
 from benchmarks.peers.tsm import TemporalShift
+from benchmarks.runtime.operators import CASES, RATES, Operator
 from cmr_layers import CME, SME, TIM
 from cmr_layers.clip import Fold
 
 __all__ = [
-    'LAYERS', 'LAYER_CHANNELS', 'MODELS', 'NUM_CLASSES', 'OFF_THE_SHELF', 'PLACEMENTS', 'REDUCTIONS', 'TABLE_7',
-    'Model']
+    'LAYERS', 'LAYER_CHANNELS', 'MODELS', 'NUM_CLASSES', 'OFF_THE_SHELF', 'OPERATORS', 'PLACEMENTS', 'REDUCTIONS',
+    'TABLE_7', 'Model']
 
 NUM_CLASSES = 174  # of Something-Something V1
 
@@ -115,4 +117,17 @@ LAYERS = {
         ('cme', 'CME', CME), ('sme', 'SME', SME))
 }
 
-MODELS = {**TABLE_7, **OFF_THE_SHELF, **PLACEMENTS, **REDUCTIONS, **LAYERS}
+
+def _operator(make: Callable[[int], nn.Module]) -> Callable[..., nn.Module]:
+    def build(num_frames: int = 8, num_classes: int = 0, **kwargs: Any) -> nn.Module:
+        return make(num_frames)
+    return build
+
+
+OPERATORS = {
+    **{name: Model(case.op, _operator(partial(Operator, case)), in_channels=case.channels)
+       for name, case in CASES.items()},
+    **{name: Model(name, _operator(kind), in_channels=kind.channels) for name, kind in RATES.items()},
+}
+
+MODELS = {**TABLE_7, **OFF_THE_SHELF, **PLACEMENTS, **REDUCTIONS, **LAYERS, **OPERATORS}

@@ -2,47 +2,31 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from benchmarks import candidates
-from benchmarks.candidates import COMPILED, Setting
-from benchmarks.runtime.models import LAYERS, MODELS, OFF_THE_SHELF, PLACEMENTS, REDUCTIONS, TABLE_7
+from benchmarks.runtime.candidate import MODES, ON, Candidate, Setting, takes
+from benchmarks.runtime.models import LAYERS, OFF_THE_SHELF, PLACEMENTS, REDUCTIONS, TABLE_7
+from benchmarks.runtime.operators import CASES, PASSES, RATES
 
-__all__ = ['BASES', 'MODES', 'ON', 'STUDIES', 'Candidate', 'Study', 'studies', 'takes']
+__all__ = ['AXES', 'BASES', 'STUDIES', 'Study', 'scaled', 'studies']
 
-# Which path the layers take, and what is done to the network (benchmarks.candidates). 'eager' is everybody's plain
-# PyTorch, CMR's reference path included; 'fused' is what a user of this package gets without asking.
-MODES = {
-    'eager': ('reference', 'eager'), 'fused': ('auto', 'eager'), 'folded': ('auto', 'folded'),
-    'compiled': ('auto', 'compiled'), 'frozen': ('auto', 'frozen'),
-    'graph': ('auto', 'graph'), 'compiled-graph': ('auto', 'compiled-graph'),
-}
-ON = {device: ('eager', 'fused', *modes[1:]) for device, modes in candidates.MODES.items()}
-BASES = ('tsn', 'tsm')  # what ratios are taken to: in every study
-_FEW = (*BASES, 'cmr')
-_SCALED = (*BASES, 'tei', 'tdrl', 'cmr')
+BASES = ('tsn', 'tsm')  # what ratios are taken to, wherever networks are compared
+_COMPILED = (*BASES, 'cmr')
+_SCALED = (*BASES, 'tdrl', 'cmr')
 
+# In the order of their worth: a run that is cut off has the first of them. No candidate is in two.
 STUDIES = {
-    'latency': 'Table 7: latency at batch 1, eager, fused and folded (on CUDA as a graph, too)',
-    'throughput': 'Table 7: throughput at batch 8',
-    'placement': 'Table 5, and the reductions of Table 3: latency',
-    'frames': '16 frames: latency, with those of torchvision',
+    'latency': "one clip: Tables 7, 5 and 3, torchvision's networks, all modes, the goals",
+    'operators': 'CME + TIM, with the convolution behind them, and SME, at the shapes of a ResNet-50',
     'training': 'a training step',
+    'throughput': 'Table 7: eight clips (on CUDA in all modes, for the goals)',
+    'frames': '16 frames: latency',
+    'layers': 'one layer against frames, 4 to 64',
+    'scaling': 'latency against frames, resolution, clips in a batch and width of the network',
     'precision': 'other data types, and the other memory layout: latency',
-    'scale-frames': 'latency against frames, 4 to 64',
-    'scale-layers': 'one layer against frames, 4 to 64',
-    'scale-size': 'latency against resolution',
-    'scale-batch': 'latency against clips in a batch',
-    'scale-width': 'latency against the width of the network',
-    'modes': 'torch.compile',  # last, since it takes long
 }
+# How the calls of a study compare with one clip's: fewer rounds for longer ones, on a CPU
+_ROUNDS = {'operators': 2., 'training': .5, 'throughput': .34, 'frames': .5, 'scaling': .5, 'precision': .34}
 
-
-class Candidate(NamedTuple):
-    """One model, in one mode, somewhere."""
-    model: str
-    mode: str
-    setting: Setting
-    width: float = 1  # of the network: a factor on the channels of all stages
-    training: bool = False
+AXES = ('frames', 'size', 'batch', 'width')
 
 
 class Study(NamedTuple):
@@ -52,11 +36,18 @@ class Study(NamedTuple):
     passes: int     # how often everything is built and timed anew
     rounds: int     # of each pass
 
+    def of_pass(self, number: int) -> 'Study':
+        """What a pass measures. Compiling takes long, so what is compiled is in the first one only."""
+        candidates = tuple(c for c in self.candidates if number == 0 or not c.compiles)
+        return self._replace(candidates=candidates)
 
-def takes(model: str, setting: Setting) -> bool:
-    """Whether a model runs on clips of this length and size."""
-    lengths, sizes = MODELS[model].frames, MODELS[model].sizes
-    return (lengths is None or setting.frames in lengths) and (sizes is None or setting.size in sizes)
+    def groups(self) -> list['Study']:
+        """What is interleaved: everything, or of the operators each by itself, as no two of them are compared."""
+        if self.name != 'operators':
+            return [self]
+        keys = dict.fromkeys((c.model, c.training) for c in self.candidates)
+        return [
+            self._replace(candidates=tuple(c for c in self.candidates if (c.model, c.training) == key)) for key in keys]
 
 
 def _cross(
@@ -67,48 +58,76 @@ def _cross(
                 yield Candidate(model, mode, setting, training=training)
 
 
+def scaled(base: Setting, axis: str) -> list[tuple[Setting, float]]:
+    """Settings and widths along an axis. Smaller frames than elsewhere: all axes cross at half the size."""
+    half = base._replace(size=base.size // 2)
+    if axis == 'frames':
+        return [(half._replace(frames=frames), 1) for frames in (4, 8, 16, 32, 64)]
+    if axis == 'size':
+        return [(half._replace(size=size - size % 2), 1) for size in (base.size // 4, base.size // 2, base.size * 3 // 4)]
+    if axis == 'batch':
+        return [(half._replace(batch=batch), 1) for batch in (1, 2, 4, 8)[:4 if base.device == 'cuda' else 3]]
+    return [(half, width) for width in (.5, 1, 1.5, 2)]
+
+
 def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
     cuda = base.device == 'cuda'
+    graph = ['graph'] * cuda
     # launches would hide everything else at batch 1, and what is studied with them
-    one = ('graph',) if cuda else ('fused',)
+    one = graph or ['unfolded']
+    compiled = [mode for mode in ON[base.device] if MODES[mode].compiled]
     if name == 'latency':
-        yield from _cross(TABLE_7, ['eager', 'fused', 'folded', *['graph'] * cuda], base)
-        yield from _cross(OFF_THE_SHELF, ['fused', *['graph'] * cuda], base)
+        yield from _cross(TABLE_7, ['reference', 'unfolded', 'folded', *graph], base)
+        yield from _cross(OFF_THE_SHELF, ['unfolded', *graph], base)
+        yield from _cross([*PLACEMENTS, *REDUCTIONS], one, base)
+        yield from _compiled(compiled, base)  # last: there may be no time for all of them
     elif name == 'throughput':
-        yield from _cross(
-            [*TABLE_7, *['r3d_18', 'swin3d_t'] * cuda], ['fused', *['graph'] * cuda], base._replace(batch=8))
-    elif name == 'placement':
-        yield from _cross([*BASES, 'tim', 'cmr', *PLACEMENTS, *REDUCTIONS], one, base)
+        eight = base._replace(batch=8)
+        yield from _cross(TABLE_7, ['unfolded', *graph], eight)
+        if cuda:
+            yield from _cross(['r3d_18', 'swin3d_t'], ['unfolded', 'graph'], eight)
+            yield from _cross([*_COMPILED, 'released'], ['reference', 'folded'], eight)
+            yield from _compiled(compiled, eight)
+    elif name == 'operators':
+        for rate, kind in RATES.items():
+            yield Candidate(rate, 'unfolded', _sized(base, kind.size))
+        for case in CASES.values():
+            for training in PASSES[case.op]:
+                yield from _cross(
+                    [case.name], ['reference', 'unfolded', 'compiled-reference'], _sized(base, case.size), training)
+    elif name == 'training':
+        several = base._replace(batch=8 if cuda else 1)
+        yield from _cross(TABLE_7, ['unfolded'], several, training=True)
+        yield from _cross([*BASES, 'cmr'], ['reference'], several, training=True)
     elif name == 'frames':
         yield from _cross([*TABLE_7, *OFF_THE_SHELF], one, base._replace(frames=16))
-    elif name == 'training':
-        yield from _cross(TABLE_7, ['fused'], base._replace(batch=8 if cuda else 1), training=True)
-    elif name == 'modes':
-        models = [*BASES, 'cmr'] if cuda else [*BASES, 'tdrl', 'cmr']
-        yield from _cross(models, ['folded', 'compiled', 'compiled-graph' if cuda else 'frozen'], base)
-    elif name == 'precision':
-        for dtype in ('fp32', 'tf32', 'fp16', 'bf16') if cuda else ('fp32', 'bf16'):
-            yield from _cross(_FEW, one, base._replace(dtype=dtype))
-        yield from _cross(_FEW, one, base._replace(
-            layout='contiguous' if base.layout == 'channels_last' else 'channels_last'))
-    elif name == 'scale-frames':
-        for frames in (4, 8, 16, 32, 64):
-            yield from _cross(_SCALED, one, base._replace(frames=frames, size=base.size // 2))
-    elif name == 'scale-layers':
+    elif name == 'layers':
         for frames in (4, 8, 16, 32, 64):
             yield from _cross(
-                LAYERS, ['fused', 'graph'] if cuda else ['eager', 'fused'],
+                LAYERS, ['unfolded', 'graph'] if cuda else ['reference', 'unfolded'],
                 base._replace(frames=frames, size=max(2, base.size // 16)))
-    elif name == 'scale-size':
-        for size in (base.size // 2, base.size * 3 // 4, base.size):
-            yield from _cross(_SCALED, one, base._replace(size=size - size % 2))
-    elif name == 'scale-batch':
-        for batch in (1, 2, 4, 8) if cuda else (1, 2, 4):
-            yield from _cross(_SCALED, one, base._replace(batch=batch, size=base.size // 2))
-    elif name == 'scale-width':
-        for width in (.5, 1, 1.5, 2):
-            for model in _SCALED:
-                yield Candidate(model, *one, base._replace(size=base.size // 2), width)
+    elif name == 'scaling':
+        for axis in AXES:
+            for setting, width in scaled(base, axis):
+                for model in _SCALED:
+                    yield Candidate(model, *one, setting, width)
+    elif name == 'precision':
+        others = [base._replace(dtype=dtype) for dtype in (('fp32', 'tf32', 'fp16', 'bf16') if cuda else ('fp32', 'bf16'))]
+        others.append(base._replace(layout='contiguous' if base.layout == 'channels_last' else 'channels_last'))
+        for setting in others:
+            if setting != base:  # whose latency is known
+                yield from _cross(_COMPILED, one, setting)
+
+
+def _compiled(modes: Sequence[str], setting: Setting) -> Iterator[Candidate]:
+    for model in _COMPILED:  # only CMR has another path than the reference
+        own = [mode for mode in modes if model == 'cmr' or MODES[mode].path != 'reference']
+        yield from _cross([model], own, setting)
+
+
+def _sized(base: Setting, size: int) -> Setting:
+    """A setting of frames that are of this size in a network of 224x224."""
+    return base._replace(size=max(2, size * base.size // 224))
 
 
 def studies(
@@ -120,20 +139,19 @@ def studies(
     Args:
         names: Of :data:`STUDIES`.
         base: The setting that each of them varies.
-        passes: How often all is built anew. A study that compiles has one pass, of twice the rounds.
-        rounds: Of each pass; studies of long calls have half of them on a CPU.
-        models: Only these, and what ratios are taken to; default: all of the study.
+        passes: How often all is built anew.
+        rounds: Of each pass; on a CPU studies of long calls have fewer, and those of short ones more.
+        models: Only these, and what ratios and floors are taken to; default: all of the study.
         modes: Only these; default: all of the study.
     """
+    kept = None if models is None else {*models, *BASES, *RATES}
     found = []
     for name in names:
         candidates = tuple(dict.fromkeys(
             c for c in _candidates(name, base)
-            if (models is None or c.model in models or (c.model in BASES and name != 'scale-layers'))
-            and (modes is None or c.mode in modes)))
-        compiles = any(c.mode in COMPILED for c in candidates)
-        if candidates:
-            slow = base.device == 'cpu' and name in ('throughput', 'frames', 'training', 'precision')
-            number = 2 * rounds if compiles else max(1, rounds // 2) if slow else rounds
-            found.append(Study(name, candidates, 1 if compiles else passes, number))
+            if (kept is None or c.model in kept) and (modes is None or c.mode in modes or c.model in RATES)))
+        asked = [c for c in candidates if (c.model not in RATES if models is None else c.model in models)]
+        if asked:
+            factor = _ROUNDS.get(name, 1) if base.device == 'cpu' else 1
+            found.append(Study(name, candidates, passes, max(1, round(factor * rounds))))
     return found

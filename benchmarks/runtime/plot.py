@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.candidates import Setting
+from benchmarks.runtime.candidate import Setting
 from benchmarks.runtime.models import OFF_THE_SHELF, TABLE_7
-from benchmarks.runtime.render import best_mode, measured, ratio
+from benchmarks.runtime.results import measured, ratio
+from benchmarks.runtime.tables import best_mode
 
 __all__ = ['Point', 'digest', 'draw', 'points', 'stale']
 
