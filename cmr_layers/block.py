@@ -10,7 +10,6 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from .bypass import is_bare, is_own
 from .clip import ClipLayer, check_choice
 from .cme import CME
 from .cme_tim import cme_tim_conv
@@ -31,7 +30,7 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
 
 
 class TemporalBlock(nn.Module):
-    """A residual block with temporal layers: how it begins and ends."""
+    """A residual block with temporal layers: how it begins."""
     if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
         cme: nn.Module
         tim: nn.Module
@@ -47,14 +46,6 @@ class TemporalBlock(nn.Module):
         else:
             x = cme_tim_conv(self.cme, self.tim, self.conv1, x)
         return x
-
-    def _end(self, act: nn.Module, x: Any, shortcut: Any) -> Any:
-        """``sme(act(x + shortcut))``; x is overwritten."""
-        if isinstance(x, Tensor) and is_own(self.sme, SME):
-            if type(act) is nn.ReLU and is_bare(act):
-                return self.sme.forward_sum(x, shortcut)
-        x += shortcut
-        return self.sme(act(x))
 
     fuse = fold_norms  # for timm's reparameterize_model
 
@@ -147,12 +138,9 @@ class CMRBlock(_BuiltBlock, Bottleneck):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        if torch.jit.is_scripting():
-            x += shortcut
-            x = self.act3(x)
-            x = self.sme(x)
-        else:
-            x = self._end(self.act3, x, shortcut)
+        x += shortcut
+        x = self.act3(x)
+        x = self.sme(x)
 
         return x
 
@@ -191,11 +179,8 @@ class CMRBasicBlock(_BuiltBlock, BasicBlock):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        if torch.jit.is_scripting():
-            x += shortcut
-            x = self.act2(x)
-            x = self.sme(x)
-        else:
-            x = self._end(self.act2, x, shortcut)
+        x += shortcut
+        x = self.act2(x)
+        x = self.sme(x)
 
         return x

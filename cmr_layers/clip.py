@@ -12,8 +12,9 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from . import ops
 from .ops import reference
+from .ops.layout import dense
+from .ops.path import is_transformed
 
 __all__ = [
     'ClipLayer', 'Consensus', 'Fold', 'clip_shape', 'set_num_frames', 'temporal_keys',
@@ -183,10 +184,10 @@ class ClipLayer(ClipModule):
         else:
             frames, num_frames = self.frames(x)
             y = self.forward_frames(frames, num_frames).reshape(x.shape)
-            if ops.is_transformed():  # under vmap a tensor knows no channels_last
+            if is_transformed():  # under vmap a tensor knows no channels_last
                 return y
         if x.ndim == 4 or x.is_contiguous():
-            return ops.dense(y, x)
+            return dense(y, x)
         return y
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:

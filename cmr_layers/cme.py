@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .clip import ClipLayer, check_positive
+from .ops import reference
 
 __all__ = ['CME']
 
@@ -85,13 +86,13 @@ class CME(ClipLayer):
 
     def gate(self, x: Tensor) -> Tensor:
         """Gates a of equation (6): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C), in (0, 1), at least float32."""
-        return ops.cme_gate(self._clips(x), self.w1, self.w2, self.w3, self.b3)
+        return reference.cme_gate(self._clips(x), self.w1, self.w2, self.w3, self.b3)
 
     def forward_clips(self, x: Tensor) -> Tensor:
-        return ops.cme(x, self.w1, self.w2, self.w3, self.b3)
+        return reference.cme(x, self.w1, self.w2, self.w3, self.b3)
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
-        return ops.front(x, num_frames, self.weights(), None, owner=self)
+        return ops.cme_tim(x, num_frames, self.weights(), None, owner=self)
 
     def weights(self) -> ops.CMEWeights:
         return ops.CMEWeights(self.w1, self.w2, self.w3, self.b3)

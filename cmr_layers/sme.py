@@ -3,7 +3,7 @@
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
 import math
-from typing import Any, Optional, Type
+from typing import Any, Type
 
 import torch
 from timm.layers import register_notrace_module
@@ -13,6 +13,9 @@ from . import ops
 from .bypass import is_bare, is_pytorch_conv, is_pytorch_norm
 from .clip import ClipLayer
 from .deploy import fold_norms
+from .ops import reference
+from .ops.layout import rectify_gradient
+from .ops.path import choose
 
 __all__ = ['SME']
 
@@ -81,44 +84,25 @@ class SME(ClipLayer):
 
     def similarity(self, x: Tensor) -> Tensor:
         """Similarity s of equation (7): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, H, W), at least float32."""
-        return ops.similarity(self._clips(x))
+        return reference.similarity(self._clips(x))
 
     def forward_clips(self, x: Tensor) -> Tensor:
-        frames = ops.motion(x).flatten(0, 1)
-        h = ops.rectify_gradient(self.bn(self.conv(frames)))
+        frames = reference.motion(x).flatten(0, 1)
+        h = rectify_gradient(self.bn(self.conv(frames)))
         v: Tensor = h.view_as(x) + x                                        # (8)
         return v
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
-        if not is_pytorch_conv(self.conv):
-            ops.choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked or not an nn.Conv2d')
-            return super().forward_frames(x, num_frames)
-        return self._add_motion(x, num_frames)
-
-    def forward_sum(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """``self(relu(x + shortcut))``, the end of a block, of (B*T, C, H, W) both; x may be overwritten.
-
-        On a GPU what writes the sum computes the similarities, too, and so saves SME a pass.
-        """
-        frames, num_frames = self.frames(x)
-        if is_pytorch_conv(self.conv) and ops.knows_similarity(frames, num_frames, self.conv.weight, owner=self):
-            y, known = ops.rectified_sum(frames, shortcut, num_frames)
-            return self._add_motion(y, num_frames, known)
-        v: Tensor = self(x.add_(shortcut).relu_())
-        return v
-
-    def _add_motion(self, x: Tensor, num_frames: int, known: Optional[ops.Known] = None) -> Tensor:
         conv, bn = self.conv, self.bn
-        if not torch.is_grad_enabled() and not torch.jit.is_tracing():
-            if type(bn) is nn.Identity and is_bare(bn):  # folded
-                return ops.sme(
-                    x, num_frames, conv.weight, conv.bias, None, None, None, None, 0., owner=self, known=known)
-            if is_pytorch_norm(bn) and not bn.training:
-                return ops.sme(
-                    x, num_frames, conv.weight, conv.bias, bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps,
-                    owner=self, known=known)
-        h = bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self, known=known))
-        v: Tensor = ops.rectify_gradient(h) + x
+        if not is_pytorch_conv(conv):
+            choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked or not an nn.Conv2d')
+            return super().forward_frames(x, num_frames)
+        if type(bn) is nn.Identity and is_bare(bn):  # folded
+            return ops.sme(x, num_frames, conv.weight, conv.bias, None, owner=self)
+        if is_pytorch_norm(bn) and not bn.training and not torch.is_grad_enabled() and not torch.jit.is_tracing():
+            norm = ops.Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
+            return ops.sme(x, num_frames, conv.weight, conv.bias, norm, owner=self)
+        v: Tensor = rectify_gradient(bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self))) + x
         return v
 
     fuse = fold_norms  # for timm's reparameterize_model

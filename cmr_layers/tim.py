@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .clip import ClipLayer, check_choice, check_positive
+from .ops import reference
 
 __all__ = ['TIM']
 
@@ -92,10 +93,10 @@ class TIM(ClipLayer):
         self.weight.mul_(self.gain)
 
     def forward_clips(self, x: Tensor) -> Tensor:
-        return ops.tim(x, self.weight)
+        return reference.tim(x, self.weight)
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
-        return ops.front(x, num_frames, ops.CMEWeights(), self.weight, owner=self)
+        return ops.cme_tim(x, num_frames, ops.CMEWeights(), self.weight, owner=self)
 
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, kernel_size={self.kernel_size}, init={self.init!r}'

@@ -5,7 +5,6 @@ and one ReLU for all places; otherwise see :mod:`.block`.
 """
 from typing import TYPE_CHECKING, Optional
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -40,12 +39,9 @@ class CMRBasicBlock(_Block, BasicBlock):  # type: ignore[misc]  # torchvision ha
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        if torch.jit.is_scripting():
-            x += shortcut
-            x = self.relu(x)
-            x = self.sme(x)
-        else:
-            x = self._end(self.relu, x, shortcut)
+        x += shortcut
+        x = self.relu(x)
+        x = self.sme(x)
 
         return x
 
@@ -69,11 +65,8 @@ class CMRBottleneck(_Block, Bottleneck):  # type: ignore[misc]
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        if torch.jit.is_scripting():
-            x += shortcut
-            x = self.relu(x)
-            x = self.sme(x)
-        else:
-            x = self._end(self.relu, x, shortcut)
+        x += shortcut
+        x = self.relu(x)
+        x = self.sme(x)
 
         return x

@@ -1,28 +1,16 @@
-"""The layers' arithmetic as functions of tensors.
+"""The layers' arithmetic as functions of frames (N, C, H, W), N = B * T, the frames of a clip next to each other.
 
-:mod:`.reference` is the law, in plain PyTorch. :mod:`.dispatch` decides what runs in its place: operators
-(:mod:`.operators`) with kernels in Triton (``triton_*``) or as PyTorch calls (:mod:`.plain`). :func:`use_path` forces a
-path, :func:`explain` says which one each layer of a model takes, and why.
+:mod:`.reference` is the law, on clips and in plain PyTorch. :mod:`.cme_tim` and :mod:`.sme` are what the layers call.
+For each call :mod:`.path` decides whether the law runs, or an operator in one of two forms: PyTorch calls (``plain_*``)
+or Triton kernels (``triton_*``). :func:`use_path` forces a path. :func:`explain` says which path each layer of a model
+takes, and why.
 """
-from .dispatch import choose, explain, use_path
-from .layers import (
-    CMEWeights,
-    Convolution,
-    Known,
-    front,
-    front_conv,
-    joins,
-    knows_similarity,
-    motion_conv,
-    rectified_sum,
-    sme,
-)
-from .layout import dense, rectify_gradient
-from .reference import cme, cme_gate, motion, similarity, tim
-from .state import is_transformed
+from . import reference
+from .cme_tim import CMEWeights, Convolution, cme_tim, cme_tim_conv
+from .path import explain, use_path
+from .sme import Norm, motion_conv, sme
 
 __all__ = [
-    'CMEWeights', 'Convolution', 'Known', 'choose', 'cme', 'cme_gate', 'dense', 'explain', 'front', 'front_conv',
-    'is_transformed', 'joins', 'knows_similarity', 'motion', 'motion_conv', 'rectified_sum', 'rectify_gradient',
-    'similarity', 'sme', 'tim', 'use_path',
+    'CMEWeights', 'Convolution', 'Norm', 'cme_tim', 'cme_tim_conv', 'explain', 'motion_conv', 'reference', 'sme',
+    'use_path',
 ]

@@ -9,9 +9,9 @@ from typing import List, Optional
 import torch
 from torch import Tensor
 
-from .state import is_exporting
+from .path import is_exporting
 
-__all__ = ['dense', 'is_channels_last', 'rectify_gradient', 'strides']
+__all__ = ['dense', 'is_channels_last', 'like', 'rectify_gradient', 'strides']
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -46,6 +46,11 @@ def dense(x: Tensor, like: Optional[Tensor] = None) -> Tensor:
         n, c, h, w = x.shape
         return x.permute(0, 2, 3, 1).flatten().view(n, h, w, c).permute(0, 3, 1, 2)
     return x.flatten().view(x.shape)
+
+
+def like(g: Tensor, x: Tensor) -> Tensor:
+    """A gradient with the strides and the dtype of frames."""
+    return g.to(x.dtype) if g.stride() == x.stride() else torch.empty_like(x).copy_(g)
 
 
 def rectify_gradient(x: Tensor) -> Tensor:

@@ -1,39 +1,40 @@
 """SME as Triton kernels: the similarity in one pass, the motion term inside the matrix product that writes it.
 
 The scale 1 - s belongs to a pixel, so it commutes with the 1x1 convolution, W (x (1 - s)) = (1 - s) W x, and becomes an
-epilogue of the product, with the batch norm and the residual behind it.
+epilogue of the product, with the bias and the residual behind it.
 
 Frames are folded, row n = b * T + t, and lie in memory as (N, C, P) or (N, P, C), P = H * W. All sums are float32.
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
-from .configs import config, next_power_of_2
-from .layout import is_channels_last
-from .triton_front import strides
+from . import plain_sme as plain
+from .layout import dense, is_channels_last, like
+from .triton_cme_tim import strides
 
-__all__ = ['motion_conv', 'motion_gradient', 'motion_product', 'rectified_sum', 'similarity', 'sme']
+__all__ = ['motion_conv', 'motion_conv_backward', 'product', 'similarity']
 
-
-@triton.jit
-def _pixels(x, shortcut, at, mask, SUM: tl.constexpr):
-    """Features of pixels; of a block's end, the rectified sum of both branches, rounded as it is stored."""
-    u = tl.load(x + at, mask=mask, other=0.)
-    if SUM:
-        v = tl.load(shortcut + at, mask=mask, other=0.).to(tl.float32)
-        u = tl.maximum(u.to(tl.float32) + v, 0.).to(x.dtype.element_ty)
-    return u.to(tl.float32)
+# Launch configurations, for contiguous and for channels_last frames; see triton_cme_tim.py.
+_MOTION = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
+_LAUNCH = {
+    'similarity': (dict(ROWS=256, BLOCK_C=8, num_warps=4), dict(ROWS=16, BLOCK_C=128, num_warps=4)),
+    'motion': (
+        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=8, num_warps=8, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)),
+    'motion, float32': (_MOTION, _MOTION),
+    'product': (dict(BLOCK_P=128, BLOCK_C=16, num_warps=4), dict(BLOCK_P=16, BLOCK_C=128, num_warps=4)),
+    'unmotion': (
+        dict(FRAMES=8, BLOCK_P=128, BLOCK_C=8, num_warps=4), dict(FRAMES=8, BLOCK_P=16, BLOCK_C=64, num_warps=4)),
+}
 
 
 @triton.jit
 def _pair_sums(
-        x, shortcut, y, here, there, is_last, C, stride_c, inside, scale_here, scale_there,
-        SUM: tl.constexpr, STORE: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+        x, here, there, C, stride_c, inside, scale_here, scale_there, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Squares of two frames' pixels and their product, summed over the channels."""
     squares_here = tl.zeros([ROWS], tl.float32)
@@ -42,11 +43,8 @@ def _pair_sums(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
-        u = _pixels(x, shortcut, here[:, None] + c[None, :] * stride_c, mask, SUM)
-        v = _pixels(x, shortcut, there[:, None] + c[None, :] * stride_c, mask, SUM)
-        if STORE:
-            own = tl.where(is_last, there, here)[:, None] + c[None, :] * stride_c
-            tl.store(y + own, tl.where(is_last[:, None], v, u).to(y.dtype.element_ty), mask=mask)
+        u = tl.load(x + here[:, None] + c[None, :] * stride_c, mask=mask, other=0.).to(tl.float32)
+        v = tl.load(x + there[:, None] + c[None, :] * stride_c, mask=mask, other=0.).to(tl.float32)
         u *= scale_here[:, None]
         v *= scale_there[:, None]
         squares_here += tl.sum(u * u, 1)
@@ -57,11 +55,9 @@ def _pair_sums(
 
 @triton.jit
 def _similarity_kernel(
-        x, shortcut, y,         # (N, C, P) in any order, all alike
-        s, inverse_norm,        # (N, P) each
+        x, s, inverse_norm,     # (N, C, P) in any order, 2 x (N, P)
         T, C, P,
         stride_n, stride_c, stride_p,
-        SUM: tl.constexpr,      # the frames are y = relu(x + shortcut), which is stored on the way
         FRAMES: tl.constexpr,   # of a tile, with ROWS / FRAMES pixels of each, so that neighbours share the cache
         ROWS: tl.constexpr,
         BLOCK_C: tl.constexpr,
@@ -80,15 +76,13 @@ def _similarity_kernel(
     here = (first + pair) * stride_n + p * stride_p
     there = here + stride_n
     one = tl.full([ROWS], 1., tl.float32)
-    e, f, product = _pair_sums(
-        x, shortcut, y, here, there, t != pair, C, stride_c, inside, one, one, SUM, SUM, ROWS, BLOCK_C)
+    e, f, product = _pair_sums(x, here, there, C, stride_c, inside, one, one, ROWS, BLOCK_C)
     scale_e, scale_f = one, one
     if tl.max(tl.maximum(e, f), 0) > 1e37:
         # Squares that overflow, or are about to: once more, with those pixels scaled. A cosine does not mind.
         scale_e = tl.where(e > 1e37, 2.**-75, 1.)
         scale_f = tl.where(f > 1e37, 2.**-75, 1.)
-        e, f, product = _pair_sums(
-            x, shortcut, y, here, there, t != pair, C, stride_c, inside, scale_e, scale_f, SUM, False, ROWS, BLOCK_C)
+        e, f, product = _pair_sums(x, here, there, C, stride_c, inside, scale_e, scale_f, ROWS, BLOCK_C)
     # a norm below 1e-12 counts as zero
     e = tl.where(e > 1e-24, tl.rsqrt(e), 1.)
     f = tl.where(f > 1e-24, tl.rsqrt(f), 1.)
@@ -99,15 +93,10 @@ def _similarity_kernel(
 
 @triton.jit
 def _motion_kernel(
-        x, weight, s,                       # (N, C, P) in any order, (C, C), (N, P)
-        bias, mean, var, gamma, beta, y,    # 5 x (C,), as x
+        x, weight, s, bias, y,                          # (N, C, P) in any order, (C, C), (N, P), (C,), as x
         P, C,
         stride_n, stride_c, stride_p,
-        eps,
         HAS_BIAS: tl.constexpr,
-        NORM: tl.constexpr,                             # batch norm with its running statistics
-        HAS_GAMMA: tl.constexpr,
-        HAS_BETA: tl.constexpr,
         RESIDUAL: tl.constexpr,
         DOT: tl.constexpr,                              # what the matrix unit multiplies
         PRECISION: tl.constexpr,
@@ -116,7 +105,7 @@ def _motion_kernel(
         BLOCK_K: tl.constexpr,                          # input channels
         GROUP: tl.constexpr,                            # blocks of pixels that share the weight's blocks in the cache
 ):
-    """Equation (8), all of it or up to the batch norm: (1 - s) W x [+ bias] [norm] [+ x]."""
+    """Equation (8) with the batch norm folded, or what is before it: (1 - s) W x [+ bias] [+ x]."""
     blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_N)
     pid = tl.program_id(0) % (blocks_m * blocks_n)
     group = pid // (GROUP * blocks_n) * GROUP
@@ -134,21 +123,10 @@ def _motion_kernel(
             mask=(p < P)[:, None] & (c < C)[None, :], other=0.)
         cols = tl.load(weight + o[None, :] * C + c[:, None], mask=(o < C)[None, :] & (c < C)[:, None], other=0.)
         acc = tl.dot(rows.to(DOT), cols.to(DOT), acc, input_precision=PRECISION)
-    known = o < C
     acc *= 1 - tl.load(s + n * P + p, mask=p < P, other=0.)[:, None]
     if HAS_BIAS:
-        acc += tl.load(bias + o, mask=known, other=0.).to(tl.float32)[None, :]
-    if NORM:
-        scale = tl.rsqrt(tl.load(var + o, mask=known, other=1.).to(tl.float32) + eps)
-        shift = -tl.load(mean + o, mask=known, other=0.).to(tl.float32) * scale
-        if HAS_GAMMA:
-            factor = tl.load(gamma + o, mask=known, other=0.).to(tl.float32)
-            scale *= factor
-            shift *= factor
-        if HAS_BETA:
-            shift += tl.load(beta + o, mask=known, other=0.).to(tl.float32)
-        acc = acc * scale[None, :] + shift[None, :]
-    inside = (p < P)[:, None] & known[None, :]
+        acc += tl.load(bias + o, mask=o < C, other=0.).to(tl.float32)[None, :]
+    inside = (p < P)[:, None] & (o < C)[None, :]
     at = n * stride_n + p[:, None] * stride_p + o[None, :] * stride_c
     if RESIDUAL:
         acc += tl.load(x + at, mask=inside, other=0.).to(tl.float32)
@@ -240,29 +218,21 @@ def _unmotion_kernel(
         before_g, before_s, before_e, before_f = g, similarity, here, there
 
 
+def _launch(kernel: str, x: Tensor) -> Dict[str, Any]:
+    return {**_LAUNCH[kernel][is_channels_last(x)], 'enable_fp_fusion': True}
+
+
 def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     """Similarities and inverse norms, (N, H, W) each, of clips of two frames or more."""
-    _, s, inverse_norm = _similarity(x, None, num_frames)
-    return s, inverse_norm
-
-
-def rectified_sum(x: Tensor, shortcut: Tensor, num_frames: int) -> Tuple[Tensor, Tensor, Tensor]:
-    """relu(x + shortcut), and what :func:`similarity` returns of it, in the launch that writes it."""
-    return _similarity(x, shortcut, num_frames)
-
-
-def _similarity(x: Tensor, shortcut: Optional[Tensor], num_frames: int) -> Tuple[Tensor, Tensor, Tensor]:
     n, channels, height, width = x.shape
     s, inverse_norm = (x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
-    meta = config('similarity', x)
-    frames = min(next_power_of_2(num_frames), 8)
+    meta = _launch('similarity', x)
+    frames = min(triton.next_power_of_2(num_frames), 8)
     grid = (
         n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(height * width, meta['ROWS'] // frames),)
-    y = x if shortcut is None else torch.empty_like(x)
     _similarity_kernel[grid](
-        x, shortcut, y, s, inverse_norm, num_frames, channels, height * width, *strides(x),
-        SUM=shortcut is not None, FRAMES=frames, **meta)
-    return y, s, inverse_norm
+        x, s, inverse_norm, num_frames, channels, height * width, *strides(x), FRAMES=frames, **meta)
+    return s, inverse_norm
 
 
 def _has_matrix_unit(x: Tensor) -> bool:
@@ -272,63 +242,58 @@ def _has_matrix_unit(x: Tensor) -> bool:
     return x.dtype is not torch.float32 or torch.backends.cudnn.conv.fp32_precision == 'tf32'  # type: ignore[attr-defined]
 
 
-def _product(
-        x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], norm: Any, residual: bool, dot: Any = None,
+def product(
+        x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool = False, dot: Any = None,
 ) -> Tensor:
-    """The matrix product with the epilogue that is asked for; ``dot`` is the dtype it is taken in, x's by default."""
+    """As :func:`.plain_sme.product`. ``dot`` is the dtype that the matrix unit multiplies, x's own by default."""
+    if not _has_matrix_unit(x):
+        return plain.product(x, s, weight, bias, residual)
     n, channels, height, width = x.shape
     y = torch.empty_like(x)
-    mean, var, gamma, beta, eps = norm
     images, pixels = n, height * width
     if is_channels_last(x):  # channels_last is one long row of pixels: no ragged edge at each frame
         images, pixels = 1, n * pixels
-    meta = config('motion, float32' if x.dtype is torch.float32 else 'motion', x)
+    meta = _launch('motion, float32' if x.dtype is torch.float32 else 'motion', x)
     grid = (images * triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(channels, meta['BLOCK_N']),)
     _motion_kernel[grid](
-        x, weight.flatten(1).contiguous(), s, bias, mean, var, gamma, beta, y, pixels, channels, *strides(x), eps,
-        HAS_BIAS=bias is not None, NORM=mean is not None, HAS_GAMMA=gamma is not None,
-        HAS_BETA=beta is not None, RESIDUAL=residual,
-        DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
+        x, weight.contiguous(), s, None if bias is None else bias.contiguous(), y, pixels, channels, *strides(x),
+        HAS_BIAS=bias is not None, RESIDUAL=residual, DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
         PRECISION='tf32' if x.dtype is torch.float32 else 'ieee', **meta)
     return y
 
 
 def motion_conv(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor],
+        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], residual: bool = False,
 ) -> Tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.plain.motion_conv`, in two launches."""
+    """As :func:`.plain_sme.motion_conv`, in two launches."""
+    x = dense(x)
     s, inverse_norm = similarity(x, num_frames)
-    return motion_product(x, weight, bias, s), s, inverse_norm
+    return product(x, s, weight.flatten(1), bias, residual), s, inverse_norm
 
 
-def motion_product(x: Tensor, weight: Tensor, bias: Optional[Tensor], s: Tensor) -> Tensor:
-    """:func:`motion_conv` of known similarities."""
-    if not _has_matrix_unit(x):
-        return plain.product(x, s, weight.flatten(1), bias, residual=False)
-    return _product(x, s, weight, bias, (None, None, None, None, 0.), False)
+def motion_conv_backward(
+        gy: Tensor, x: Tensor, num_frames: int, weight: Tensor, s: Tensor, inverse_norm: Tensor, learns: bool = True,
+) -> Tuple[Tensor, Tensor]:
+    """As :func:`.plain_sme.motion_conv_backward`. A library multiplies the matrices."""
+    convolution = torch.ops.aten.convolution_backward
+    unit: Tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    q = convolution(gy, x, weight.to(x.dtype), None, *unit, [True, False, False])[0]
+    gx, m = _gradient(like(q, x), x, num_frames, s.contiguous(), inverse_norm.contiguous())
+    if not learns:
+        return gx, x.new_empty(0)
+    g_weight = convolution(gy, m, weight.to(x.dtype), None, *unit, [False, True, False])[1]
+    return gx, g_weight.to(weight.dtype).contiguous()
 
 
-def sme(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], mean: Optional[Tensor],
-        var: Optional[Tensor], gamma: Optional[Tensor], beta: Optional[Tensor], eps: float, s: Optional[Tensor] = None,
-) -> Tensor:
-    """As :func:`.plain.sme`, in two launches, or in one if the similarities are known."""
-    if s is None:
-        s, _ = similarity(x, num_frames)
-    if not _has_matrix_unit(x):
-        return plain.normed_product(x, s, weight, bias, mean, var, gamma, beta, eps)
-    return _product(x, s, weight, bias, (mean, var, gamma, beta, eps), True)
-
-
-def motion_gradient(
+def _gradient(
         q: Tensor, x: Tensor, num_frames: int, s: Tensor, inverse_norm: Tensor,
 ) -> Tuple[Tensor, Tensor]:
     """Gradient of the clip given that of x (1 - s), q, and x (1 - s) itself: (gx, m), both like x."""
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
-    meta = config('product', x)
+    meta = _launch('product', x)
     _product_kernel[(n * triton.cdiv(pixels, meta['BLOCK_P']),)](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
-    meta = config('unmotion', x)
+    meta = _launch('unmotion', x)
     frames = min(meta.pop('FRAMES'), num_frames)
     blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
     grid = (n // num_frames * triton.cdiv(num_frames, frames) * blocks,)

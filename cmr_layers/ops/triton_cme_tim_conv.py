@@ -2,7 +2,7 @@
 
 A tile of the matrix product's left side is all T frames of some pixels, gated and mixed on the way in; the three reads
 of a frame then meet in the first-level cache. Wide convolutions would mix once for every block of output channels, so
-this is for narrow ones (:mod:`.dispatch` says where), in channels_last.
+this is for narrow ones (:mod:`.cme_tim` says where), in channels_last.
 """
 from typing import Any, Optional
 
@@ -10,8 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from .configs import config, next_power_of_2
 
 __all__ = ['gated_conv']
 
@@ -73,14 +71,13 @@ def gated_conv(
     out_channels, pixels = weight.shape[0], height * width
     y = torch.empty(
         n, out_channels, height, width, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
-    meta = config('conv', x)
-    block_t = next_power_of_2(num_frames)
-    block_o = min(128, max(16, next_power_of_2(out_channels)))
+    block_t = triton.next_power_of_2(num_frames)
+    block_o = min(128, max(16, triton.next_power_of_2(out_channels)))
     block_p = max(1, (64 if block_o == 128 else 128) // block_t)  # as much as the registers hold
     grid = (n // num_frames * triton.cdiv(pixels, block_p) * triton.cdiv(out_channels, block_o),)
     _gated_conv_kernel[grid](
-        x, gate, taps.contiguous(), weight.flatten(1).contiguous(), bias, y, num_frames, pixels, channels, out_channels,
-        TAPS=taps.shape[2], HAS_BIAS=bias is not None,
-        DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
-        BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_O=block_o, **meta)
+        x, gate, taps.contiguous(), weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), y,
+        num_frames, pixels, channels, out_channels, TAPS=taps.shape[2], HAS_BIAS=bias is not None,
+        DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')), BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_K=32,
+        BLOCK_O=block_o, num_warps=8, num_stages=2, enable_fp_fusion=True)
     return y

@@ -1,22 +1,28 @@
-"""Which path a layer takes: the one place that decides it, a switch to force one, and a report of what was decided.
+"""Which path a call of a layer takes: the one place that decides it, a switch to force one, and a report.
 
 There are three paths, and they compute the same:
 
 - ``'triton'``: operators whose kernels are written in Triton, for CUDA;
 - ``'plain'``: the same operators as PyTorch calls arranged for speed and memory, for CPUs and what Triton leaves;
 - ``'reference'``: the equations as :mod:`.reference` has them, differentiated by autograd, for everything else.
+
+Each operation asks :func:`choose` once a call. The answer is an argument of its operator, which saves it for the
+backward pass.
 """
 import importlib.util
-from contextlib import contextmanager
+import os
+import sys
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from . import state
-from .layout import is_channels_last
+__all__ = ['Decision', 'Explanation', 'choose', 'explain', 'is_exporting', 'is_transformed', 'undisturbed', 'use_path']
 
-__all__ = ['Decision', 'Explanation', 'choose', 'explain', 'is_narrow', 'runs_triton', 'use_path']
+PATHS = ('auto', 'triton', 'plain', 'reference')
+VARIABLE = 'CMR_LAYERS_PATH'
 
 
 class Decision(NamedTuple):
@@ -27,18 +33,42 @@ class Decision(NamedTuple):
     reason: str
 
 
+def _checked(path: Any, source: str) -> str:
+    if path not in PATHS:
+        raise ValueError(f'{source} must be one of {", ".join(map(repr, PATHS))}, got {path!r}')
+    return str(path)
+
+
+# A context variable is seen by one thread or asyncio task only. Both are read as attributes of this module, forced and
+# log. torch.compile has to know when a graph no longer holds. It guards on a module's attributes in every version that
+# the package supports, and on context variables only in the newer ones.
+_default = _checked(os.environ.get(VARIABLE) or 'auto', VARIABLE)
+_forced: ContextVar[str] = ContextVar(f'{__name__}.forced', default=_default)
+_log: ContextVar[Optional[List[Decision]]] = ContextVar(f'{__name__}.log', default=None)
+_here = sys.modules[__name__]
+
+
+def __getattr__(name: str) -> Any:
+    if name == 'forced':
+        return _forced.get()
+    if name == 'log':
+        return _log.get()
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
 @contextmanager
 def use_path(path: str) -> Iterator[None]:
     """Force a path for the layers that are called within a ``with`` block.
 
     The switch is a context variable: it holds for the thread, or the asyncio task, that is in the block. A thread that
-    is started there (a DataLoader's, one of ``nn.DataParallel``'s) starts with the process's default, which the
+    starts there (one of a DataLoader, or of ``nn.DataParallel``) begins with the default of the process, which the
     environment variable ``CMR_LAYERS_PATH`` sets. A backward pass takes the path of its forward pass, wherever it runs.
-    A forward pass that gradient checkpointing repeats is a call like any other: start the backward pass within the
-    block, too. For a model on a GPU PyTorch repeats it in a thread of its own, so force that with the variable.
+
+    Gradient checkpointing repeats the forward pass, and the repeated layers choose anew: start the backward pass within
+    the block, too. For a model on a GPU, PyTorch repeats the forward pass in a thread of its own: set the variable.
 
     Args:
-        path: 'triton', 'plain' or 'reference', or 'auto' for the dispatcher's own choice.
+        path: 'triton', 'plain' or 'reference', or 'auto' to let each call choose.
 
     Raises:
         ValueError: path is none of these.
@@ -52,14 +82,26 @@ def use_path(path: str) -> Iterator[None]:
         >>> torch.allclose(layer(x), want, atol=1e-6)
         True
     """
-    before = state.set_path(state.checked(path, 'path'))
+    before = _forced.get()
+    _forced.set(_checked(path, 'path'))
     try:
         yield
     finally:
-        state.set_path(before)
+        _forced.set(before)
 
 
-_HAS_TRITON = importlib.util.find_spec('triton') is not None
+# Constants to torch.compile, which cannot look into the first and, in torch 2.11, takes the second to be always true.
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active: vmap, grad, jvp, ..."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_exporting() -> bool:
+    """Whether torch.export makes a graph."""
+    return torch.compiler.is_exporting()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -67,47 +109,12 @@ def _capability(device: Optional[int]) -> Tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def triton_obstacle(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -> str:
-    """Why the Triton kernels can't take frames x (N, C, H, W); empty if they can."""
-    if x.device.type != 'cuda':
-        return f'x is on {x.device.type}'
-    if torch.version.hip is not None:
-        return 'the kernels have not been tried on ROCm'
-    if not _HAS_TRITON:
-        return 'triton is not installed'
-    major, minor = _capability(x.device.index)
-    if major < 8:
-        return f'the GPU has compute capability {major}.{minor}, 8.0 is wanted'
-    if taps is not None and taps.shape[2] not in (1, 3):
-        return f'TIM has {taps.shape[2]} taps, the kernels know 1 and 3'
-    _, channels, height, width = x.shape
-    if height * width >= 2 ** 20 or num_frames * channels * height * width >= 2 ** 30:
-        return f'clips of {num_frames} frames of {channels}x{height}x{width} are too large'
-    return ''
-
-
-def runs_triton(x: Tensor, num_frames: int, taps: Optional[Tensor] = None) -> bool:
-    """Whether a call would run the Triton form, but for what else :func:`choose` looks at."""
-    return state.path in ('auto', 'triton') and not triton_obstacle(x, num_frames, taps)
-
-
-def is_narrow(
-        x: Tensor, num_frames: int, weight: Tensor, stride: Sequence[int], padding: Sequence[int], groups: int,
-) -> bool:
-    """Whether the convolution behind CME and TIM is one that the kernel of the two can take in.
-
-    It mixes the frames once for every 128 output channels, so a wide convolution does not pay, and its tiles hold a
-    power of two of frames.
-    """
-    return (
-        tuple(weight.shape[2:]) == (1, 1) and weight.shape[0] <= 128 and groups == 1 and set(stride) == {1}
-        and set(padding) == {0} and x.dtype in (torch.float16, torch.bfloat16) and is_channels_last(x)
-        and num_frames in (2, 4, 8, 16))
+_HAS_TRITON = importlib.util.find_spec('triton') is not None
 
 
 def _operator_obstacle(x: Tensor, weights: Sequence[Optional[Tensor]], forced: bool) -> str:
     """Why the operators, in either form, can't take the call; empty if they can."""
-    if state.is_exporting() and not forced:
+    if is_exporting() and not forced:
         return 'torch.export: a graph without operators of this package'
     device = x.device.type
     if device not in ('cpu', 'cuda'):
@@ -125,7 +132,7 @@ def _operator_obstacle(x: Tensor, weights: Sequence[Optional[Tensor]], forced: b
                 return f'x is {x.dtype} and a weight {weight.dtype}'
     if torch.autograd.forward_ad._current_level >= 0:
         return 'forward-mode differentiation is active'
-    if state.is_transformed():
+    if is_transformed():
         return 'a transform of torch.func is active'
     if not torch.compiler.is_compiling():
         if torch.jit.is_tracing() and not forced:
@@ -136,9 +143,26 @@ def _operator_obstacle(x: Tensor, weights: Sequence[Optional[Tensor]], forced: b
     return ''
 
 
+def _triton_obstacle(x: Tensor, num_frames: int) -> str:
+    """Why the Triton kernels can't take frames x (N, C, H, W); empty if they can."""
+    if x.device.type != 'cuda':
+        return f'x is on {x.device.type}'
+    if torch.version.hip is not None:
+        return 'the kernels have not been tried on ROCm'
+    if not _HAS_TRITON:
+        return 'triton is not installed'
+    major, minor = _capability(x.device.index)
+    if major < 8:
+        return f'the GPU has compute capability {major}.{minor}, 8.0 is wanted'
+    _, channels, height, width = x.shape
+    if height * width >= 2 ** 20 or num_frames * channels * height * width >= 2 ** 30:
+        return f'clips of {num_frames} frames of {channels}x{height}x{width} are too large'
+    return ''
+
+
 def choose(
-        owner: Any, operation: str, x: Tensor, num_frames: int,
-        weights: Sequence[Optional[Tensor]] = (), taps: Optional[Tensor] = None, obstacle: str = '',
+        owner: Any, operation: str, x: Tensor, num_frames: int, weights: Sequence[Optional[Tensor]] = (),
+        obstacle: str = '', no_kernel: str = '',
 ) -> str:
     """Decide on the path of a call: 'triton', 'plain' or 'reference'.
 
@@ -148,26 +172,36 @@ def choose(
         x: Frames, (B*T, C, H, W).
         num_frames: Frames T of a clip.
         weights: The layer's tensors.
-        taps: TIM's taps, if it takes part.
         obstacle: A reason of the caller's not to use the operators.
+        no_kernel: A reason of the caller's not to use Triton.
 
     Raises:
         RuntimeError: A forced path can't take the call.
     """
-    forced = state.path
+    forced: str = _here.forced
     if forced == 'reference':
         path, reason = forced, 'forced'
     else:
         obstacle = obstacle or _operator_obstacle(x, weights, forced != 'auto')
-        triton = obstacle or triton_obstacle(x, num_frames, taps)
-        path = 'reference' if obstacle else 'plain' if triton or forced == 'plain' else 'triton'
-        reason = obstacle or ('forced' if forced == 'plain' else triton)
+        no_kernel = obstacle or _triton_obstacle(x, num_frames) or no_kernel
+        path = 'reference' if obstacle else 'plain' if no_kernel or forced == 'plain' else 'triton'
+        reason = obstacle or ('forced' if forced == 'plain' else no_kernel)
         if forced not in ('auto', path):
             raise RuntimeError(f"the path {forced!r} is forced, but {operation} can't take it: {reason}")
-    log = state.log
+    log: Optional[List[Decision]] = _here.log
     if log is not None:
         log.append(Decision(owner, operation, path, reason))
     return path
+
+
+def undisturbed(x: Tensor) -> ExitStack:
+    """For an operator's own calls: no autocast, as the dtypes are its business, and x's device is the current one."""
+    stack = ExitStack()
+    if torch.is_autocast_enabled(x.device.type):
+        stack.enter_context(torch.autocast(x.device.type, enabled=False))
+    if x.device.type == 'cuda' and x.device.index != torch.cuda.current_device():
+        stack.enter_context(torch.cuda.device(x.device))
+    return stack
 
 
 class Explanation(List[Decision]):
@@ -184,8 +218,8 @@ class Explanation(List[Decision]):
 def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Which path each layer of a model takes for an input, and why not a faster one.
 
-    It runs the model once, without gradients, in the mode (training or eval) that it is in; as any forward pass, that
-    moves the running statistics of a model in training mode. Calls that other threads make meanwhile are not in it.
+    It runs the model once, without gradients, in its present mode (training or eval). Like any forward pass, that moves
+    the running statistics of a model in training mode. Calls that other threads make meanwhile are not in it.
 
     Args:
         model: Any module with CME, SME or TIM in it, or a layer.
@@ -205,11 +239,12 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     if not isinstance(model, nn.Module) or hasattr(model, '_orig_mod'):
         raise TypeError(f'model must be an nn.Module that is not compiled, got {type(model).__name__}')
     decisions: List[Decision] = []
-    before = state.set_log(decisions)
+    before = _log.get()
+    _log.set(decisions)
     try:
         with torch.no_grad():
             model(x)
     finally:
-        state.set_log(before)
+        _log.set(before)
     names = {module: name or type(module).__name__ for name, module in model.named_modules()}
     return Explanation(row._replace(owner=names.get(row.owner, '?')) for row in decisions)

@@ -5,24 +5,35 @@ whole vector path would stream the weights of a wide block through one multiproc
 
 Frames are folded, row n = b * T + t, and lie in memory as (N, C, P) or (N, P, C), P = H * W. All sums are float32.
 """
-from typing import Any, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plain
-from .configs import config, next_power_of_2
+from . import plain_cme_tim as plain
 from .layout import is_channels_last
-from .vectors import gate_backward, key_bound, taps_backward
 
+# Launch configurations, for contiguous and for channels_last frames. They come from the compiler's resource report
+# (python -m benchmarks.kernels), and none has been timed yet. Nothing is tuned at run time: that would measure again in
+# every process, and break the first CUDA graph. Contraction of products and sums is pinned, since its default differs
+# between versions of Triton and results would move with it.
+_LAUNCH = {
+    'pool': (dict(BLOCK_P=256, BLOCK_C=8, num_warps=4), dict(BLOCK_P=64, BLOCK_C=64, num_warps=4)),
+    'mix': (dict(FRAMES=8, BLOCK=1024, num_warps=4),) * 2,
+    'correlate': (
+        dict(FRAMES=8, BLOCK_P=128, BLOCK_C=16, num_warps=4), dict(FRAMES=8, BLOCK_P=64, BLOCK_C=64, num_warps=8)),
+    'project': (dict(BLOCK_N=16, BLOCK_O=16, BLOCK_K=64, num_warps=4, num_stages=3),) * 2,
+    'project, wide': (dict(BLOCK_N=16, BLOCK_O=16, BLOCK_K=128, num_warps=8, num_stages=3),) * 2,
+    'gate': (dict(BLOCK_C=64, BLOCK_K=32, num_warps=4),) * 2,
+}
 # The projections hold a tile of each split at once.
 MAX_SPLITS = 8
 # The kernel of equations (4) to (6) holds a matrix of all frames by all frames, which spills beyond this.
 MAX_FRAMES = 32
 
-__all__ = ['front', 'front_backward', 'gates', 'mix', 'strides']
+__all__ = ['correlate', 'gates', 'mix', 'strides']
 
 
 @triton.jit
@@ -197,7 +208,7 @@ def _mix_kernel(
 
 @triton.jit
 def _correlate_kernel(
-        x, g, partial,                  # (N, C, P) in any order, as x, (blocks of pixels, max(TAPS, 1), N, C)
+        x, g, partial,                  # (N, C, P) in any order, as x, (blocks of pixels, TAPS, N, C)
         N, T, C, P,
         stride_n, stride_c, stride_p,
         TAPS: tl.constexpr,
@@ -220,7 +231,7 @@ def _correlate_kernel(
     p = block * BLOCK_P + tl.arange(0, BLOCK_P)
     at = p[:, None] * stride_p + c[None, :] * stride_c
     inside = (p < P)[:, None] & (c < C)[None, :]
-    sums = partial + block * (3 if TAPS == 3 else 1) * N * C + c
+    sums = partial + block * TAPS * N * C + c
     if TAPS == 3:
         previous = tl.load(g + (first + start - 1) * stride_n + at, mask=inside & (start > 0), other=0.).to(tl.float32)
         following = tl.load(g + (first + start) * stride_n + at, mask=inside, other=0.).to(tl.float32)
@@ -241,6 +252,10 @@ def _correlate_kernel(
             tl.store(sums + (first + t) * C, tl.sum(u * current, 0), mask=stored)
 
 
+def _launch(kernel: str, x: Tensor) -> Dict[str, Any]:
+    return {**_LAUNCH[kernel][is_channels_last(x)], 'enable_fp_fusion': True}
+
+
 def strides(x: Tensor) -> Tuple[int, int, int]:
     """Of frame, channel and pixel of (N, C, H, W), contiguous or channels_last."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
@@ -255,24 +270,24 @@ def gates(
         return plain.gates(x, num_frames, w1, w2, w3, b3)
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     c1, c2 = w1.shape[0], w2.shape[0]
-    meta = config('pool', x)
+    meta = _launch('pool', x)
     splits = min(MAX_SPLITS, triton.cdiv(pixels, 512))
     partial = x.new_empty(splits, n, channels, dtype=torch.float32)
     grid: Any = (n * triton.cdiv(channels, meta['BLOCK_C']), splits)
     _pool_kernel[grid](x, partial, n, channels, pixels, *strides(x), triton.cdiv(pixels, splits), **meta)
 
     pooled, z, k, gate = (x.new_empty(n, width, dtype=torch.float32) for width in (channels, c1, c2, channels))
-    meta = config('project', x)
+    meta = _launch('project' if channels <= 256 else 'project, wide', x)
     blocks = triton.cdiv(c1, meta['BLOCK_O']) + triton.cdiv(c2, meta['BLOCK_O'])
     _project_kernel[(triton.cdiv(n, meta['BLOCK_N']), blocks)](
-        partial, w1.contiguous(), w2.contiguous(), pooled, z, k, n, channels, c1, c2, key_bound(c2),
+        partial, w1.contiguous(), w2.contiguous(), pooled, z, k, n, channels, c1, c2, plain.key_bound(c2),
         SPLITS=splits, **meta)
 
-    meta = config('gate', x)
+    meta = _launch('gate', x)
     grid = (n // num_frames, triton.cdiv(channels, meta['BLOCK_C']))
     _gate_kernel[grid](
-        z, k, w3.contiguous(), b3, gate, num_frames, channels, c1, c2,
-        HAS_BIAS=b3 is not None, BLOCK_T=max(16, next_power_of_2(num_frames)), **meta)
+        z, k, w3.contiguous(), None if b3 is None else b3.contiguous(), gate, num_frames, channels, c1, c2,
+        HAS_BIAS=b3 is not None, BLOCK_T=max(16, triton.next_power_of_2(num_frames)), **meta)
     return pooled, z, k, gate
 
 
@@ -283,47 +298,25 @@ def mix(
     """The pass over the frames, or its transpose."""
     y = torch.empty_like(x)
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    meta = config('mix', x)
+    meta = _launch('mix', x)
     frames = min(meta.pop('FRAMES'), num_frames)
     grid = (x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(channels * pixels, meta['BLOCK']),)
     _mix_kernel[grid](
-        x, gate, None if taps is None else taps.contiguous(), offset, y, num_frames, channels, pixels,
+        x, *(None if v is None else v.contiguous() for v in (gate, taps, offset)), y, num_frames, channels, pixels,
         TAPS=0 if taps is None else taps.shape[2],
         GATE='none' if gate is None else 'after' if transpose else 'before',
         REVERSED=transpose, HAS_OFFSET=offset is not None, CHANNELS_LAST=is_channels_last(x), FRAMES=frames, **meta)
     return y
 
 
-def front(
-        x: Tensor, num_frames: int, w1: Optional[Tensor], w2: Optional[Tensor], w3: Optional[Tensor],
-        b3: Optional[Tensor], taps: Optional[Tensor],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`.plain.front`, in four launches."""
-    if w1 is None or w2 is None or w3 is None:
-        empty = [x.new_empty(0, dtype=torch.float32) for _ in range(4)]
-        return mix(x, num_frames, None, taps), empty[0], empty[1], empty[2], empty[3]
-    pooled, z, k, gate = gates(x, num_frames, w1, w2, w3, b3)
-    return mix(x, num_frames, gate, taps), pooled, z, k, gate
-
-
-def front_backward(
-        gy: Tensor, x: Tensor, num_frames: int, w1: Optional[Tensor], w2: Optional[Tensor], w3: Optional[Tensor],
-        b3: Optional[Tensor], taps: Optional[Tensor], pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`.plain.front_backward`. The correlations read x and gy, the transposed pass reads gy and writes gx."""
+def correlate(x: Tensor, gy: Tensor, num_frames: int, num_taps: int) -> Tensor:
+    """As :func:`.plain_cme_tim.correlate`."""
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    meta = config('correlate', x)
+    meta = _launch('correlate', x)
     frames = min(meta.pop('FRAMES'), num_frames)
     blocks = triton.cdiv(pixels, meta['BLOCK_P'])
-    num_taps = 0 if taps is None else taps.shape[2]
-    partial = x.new_empty(blocks, max(num_taps, 1), n, channels, dtype=torch.float32)
+    partial = x.new_empty(blocks, num_taps, n, channels, dtype=torch.float32)
     grid = (n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(channels, meta['BLOCK_C']), blocks)
     _correlate_kernel[grid](
         x, gy, partial, n, num_frames, channels, pixels, *strides(x), TAPS=num_taps, FRAMES=frames, **meta)
-    g_gate, g_taps = taps_backward(partial.sum(0), None if w3 is None else gate, taps)
-    if w1 is None or w2 is None or w3 is None:
-        none = x.new_empty(0)
-        return mix(gy, num_frames, None, taps, transpose=True), none, none.clone(), none.clone(), none.clone(), g_taps
-    g_pooled, g1, g2, g3, g_b3 = gate_backward(g_gate, num_frames, w1, w2, w3, b3, pooled, z, k, gate)
-    gx = mix(gy, num_frames, gate, taps, offset=g_pooled.div_(pixels), transpose=True)
-    return gx, g1, g2, g3, g_b3, g_taps
+    return partial.sum(0)

@@ -1,0 +1,160 @@
+"""SME as an operator: equation (7), and the convolution of equation (8) of what it weights.
+
+:mod:`.plain_sme` and :mod:`.triton_sme` are its two forms.
+"""
+from typing import Any, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.utils.flop_counter import conv_flop_count, register_flop_formula
+
+from . import plain_sme, reference
+from .layout import dense, like
+from .operator import LIBRARY, no_second_derivative, operator
+from .path import choose, undisturbed
+
+__all__ = ['Norm', 'motion_conv', 'sme']
+
+Maybe = Optional[Tensor]
+
+
+class Norm(NamedTuple):
+    """A batch norm with running statistics: (C,) each, and what it adds to the variance."""
+    mean: Maybe
+    var: Maybe
+    weight: Maybe
+    bias: Maybe
+    eps: float
+
+
+def motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, owner: Any = None) -> Tensor:
+    """The 1x1 convolution of equation (8), of frames weighted by their motion: what the batch norm sees in training.
+
+    Args:
+        x: Frames, (N, C, H, W), N = B * T, the frames of a clip next to each other.
+        num_frames: Frames T of a clip.
+        weight: Weight of the convolution, (C, C, 1, 1).
+        bias: Its bias, (C,).
+        owner: The layer that calls, for :func:`.path.explain`.
+
+    Returns:
+        Frames like x.
+    """
+    path = _choose(owner, x, num_frames, weight, bias)
+    if path == 'reference':
+        return _reference(x, num_frames, weight, bias)
+    return _run(x, num_frames, weight, bias, False, path)
+
+
+def sme(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, norm: Optional[Norm], owner: Any = None) -> Tensor:
+    """All of equation (8), with the norm's running statistics, or without a norm if it is folded.
+
+    Arguments and shape as :func:`motion_conv`.
+    """
+    path = _choose(owner, x, num_frames, weight, bias)
+    if path == 'reference':
+        h = _reference(x, num_frames, weight, bias)
+        if norm is not None:
+            h = F.batch_norm(h, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps)
+        return x + h
+    if norm is not None:  # in float32, and rounded in the product
+        tensors = weight, bias, norm.mean, norm.var, norm.weight, norm.bias
+        w, b, mean, var, scale, shift = (None if t is None else t.float() for t in tensors)
+        weight, bias = fuse_conv_bn_weights(w, b, mean, var, norm.eps, scale, shift)  # type: ignore[arg-type]
+    return _run(x, num_frames, weight, bias, True, path)
+
+
+def _choose(owner: Any, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe) -> str:
+    still = 'a still has no motion' if num_frames == 1 else ''
+    return choose(owner, 'SME', x, num_frames, [weight, bias], still)
+
+
+def _reference(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe) -> Tensor:
+    return F.conv2d(reference.motion(reference.clips(x, num_frames)).reshape(x.shape), weight, bias)
+
+
+def _run(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, residual: bool, path: str) -> Tensor:
+    y: Tensor = torch.ops.cmr_layers.motion_conv(x, num_frames, weight, bias, residual, triton=path == 'triton')[0]
+    return y
+
+
+def _form(triton: bool) -> Any:
+    if not triton:
+        return plain_sme
+    from . import triton_sme
+    return triton_sme
+
+
+# The operator: the convolution, plus x if it is the residual, then similarities and inverse norms, (N, H, W) each.
+
+@operator
+def _motion_conv(
+        x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, residual: bool, *, triton: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    with undisturbed(x):
+        y, s, inverse_norm = _form(triton).motion_conv(x, num_frames, weight, bias, residual)
+    return y, s, inverse_norm
+
+
+@torch.library.register_fake('cmr_layers::motion_conv', lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, residual: bool, *, triton: bool) -> Tuple[Tensor, ...]:
+    maps = (x.new_empty(x.shape[0], *x.shape[2:], dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(dense(x)), *maps  # as many channels come out as go in
+
+
+@operator
+def _motion_conv_backward(
+        gy: Tensor, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, residual: bool, s: Tensor,
+        inverse_norm: Tensor, learns: bool, *, triton: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, empty for those that are not there or not wanted (``learns``: the weight's)."""
+    x = dense(x)
+    gy = like(gy, x)
+    with undisturbed(x):
+        g_bias = x.new_empty(0) if bias is None else gy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
+        gx, g_weight = _form(triton).motion_conv_backward(gy, x, num_frames, weight, s, inverse_norm, learns)
+        return gx.add_(gy) if residual else gx, g_weight, g_bias
+
+
+@torch.library.register_fake('cmr_layers::motion_conv_backward', lib=LIBRARY)  # type: ignore[untyped-decorator]
+def _(
+        gy: Tensor, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, *rest: Any, triton: bool,
+) -> Tuple[Tensor, ...]:
+    weights = weight if rest[-1] else None, bias
+    return torch.empty_like(dense(x)), *(x.new_empty(0) if w is None else w.new_empty(w.shape) for w in weights)
+
+
+def _save(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Tuple[Tensor, ...]) -> None:
+    x, ctx.num_frames, weight, bias, ctx.residual = inputs
+    ctx.form = keyword_only_inputs
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, gy: Maybe, *rest: Any) -> Tuple[Any, ...]:
+    if gy is None:
+        return (None,) * 5
+    x, weight, bias, s, inverse_norm = ctx.saved_tensors
+    learns = ctx.needs_input_grad[2]
+    gx, g_weight, g_bias = torch.ops.cmr_layers.motion_conv_backward(
+        gy, x, ctx.num_frames, weight, bias, ctx.residual, s, inverse_norm, learns, **ctx.form)
+    return gx, None, g_weight if learns else None, None if bias is None else g_bias, None
+
+
+torch.library.register_autograd('cmr_layers::motion_conv', _differentiate, setup_context=_save, lib=LIBRARY)
+no_second_derivative('motion_conv_backward')
+
+
+# FLOPs, counted as in cme_tim.py: those of the convolution.
+
+@register_flop_formula(torch.ops.cmr_layers.motion_conv)
+def _flops(x: Any, num_frames: int, weight: Any, *rest: Any, **kwargs: Any) -> int:
+    return int(conv_flop_count(x, weight, x))
+
+
+@register_flop_formula(torch.ops.cmr_layers.motion_conv_backward)
+def _backward_flops(gy: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * _flops(*args)
