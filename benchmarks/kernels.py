@@ -24,8 +24,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from benchmarks.machine import describe, positive, result_file
-from cmr_layers.ops import triton_conv, triton_front, triton_sme
-from cmr_layers.ops.dispatch import is_narrow
+from cmr_layers.ops import triton_cme_tim, triton_cme_tim_conv, triton_sme
+from cmr_layers.ops.cme_tim import _has_kernel
 
 # What a block may have: the architectures' limits.
 SHARED = {80: 101376, 90: 232448, 120: 101376}  # sm_80 has more, but what is compiled for it also runs on sm_86, sm_89
@@ -87,7 +87,7 @@ def _specialise(kernel: JITFunction[Any], values: dict[str, Any], options: dict[
 def record(call: Callable[[], Any]) -> list[Launch]:
     """What a function would launch, given tensors on the meta device."""
     launches: list[Launch] = []
-    modules = (triton_conv, triton_front, triton_sme)
+    modules = (triton_cme_tim, triton_cme_tim_conv, triton_sme)
     kernels = [(module, name, value) for module in modules for name, value in vars(module).items()
                if isinstance(value, JITFunction)]
     try:
@@ -112,16 +112,17 @@ def stage_calls(dtype: torch.dtype, channels_last: bool, num_frames: int, stage:
         x = new(2 * num_frames, channels, size, size).to(memory_format=layout)
         reduced = channels // 8
         weights = new(reduced, channels), new(reduced, channels), new(channels, reduced)
-        taps, square, norm = new(channels, 1, 3), new(channels, channels, 1, 1), new(channels)
-        y, *saved = triton_front.front(x, num_frames, *weights, None, taps)
-        triton_front.front_backward(y, x, num_frames, *weights, None, taps, *saved)
+        taps, square, bias = new(channels, 1, 3), new(channels, channels, 1, 1), new(channels)
+        gate = triton_cme_tim.gates(x, num_frames, *weights, None)[3]
+        y = triton_cme_tim.mix(x, num_frames, gate, taps)
+        triton_cme_tim.correlate(x, y, num_frames, 3)
+        triton_cme_tim.mix(y, num_frames, gate, taps, gate, transpose=True)
         weight = new(width, channels, 1, 1)
-        if is_narrow(x, num_frames, weight, [1, 1], [0, 0], 1):
-            triton_conv.gated_conv(x, num_frames, saved[3], taps, weight, norm)
-        h, s, inverse_norm = triton_sme.motion_conv(x, num_frames, square, None)
-        triton_sme.rectified_sum(x, x, num_frames)
-        triton_sme.motion_gradient(h, x, num_frames, s, inverse_norm)
-        triton_sme.sme(x, num_frames, square, None, norm, norm, norm, norm, 1e-5)
+        if _has_kernel(x, num_frames, taps, weight, None, [1, 1], [0, 0], [1, 1], 1):
+            triton_cme_tim_conv.gated_conv(x, num_frames, gate, taps, weight, bias)
+        triton_sme.motion_conv(x, num_frames, square.float(), bias.float(), True)  # with a batch norm folded in float32
+        _, s, inverse_norm = triton_sme.motion_conv(x, num_frames, square, None)
+        triton_sme.motion_conv_backward(y, x, num_frames, square, s, inverse_norm)
     return call
 
 

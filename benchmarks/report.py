@@ -1,4 +1,4 @@
-"""Write the committed results into docs and README, between ``<!-- NAME -->`` and its end mark, and draw the plots.
+"""Write the committed results into the pages, between ``<!-- NAME -->`` and its end mark, and draw the plots.
 
     python -m benchmarks.report             # rewrite the generated sections
     python -m benchmarks.report --check     # write nothing; exit 1 if they are not what the results say
@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks import flops, networks, ops, timing
-from benchmarks.flops import table
-from benchmarks.runtime import plot, render
+from benchmarks import flops
+from benchmarks.markdown import table
+from benchmarks.runtime import goals, plot, tables
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / 'benchmarks/results'
+DEVICES = ('cpu', 'cuda')
 
 _Results = dict[str, Any]
 
@@ -44,80 +44,78 @@ def render_kernels(results: _Results) -> str:
             f'`{results["command"]}`\n\n{table(head, rows)}')
 
 
-# Section: file, what renders it, and the module and arguments that make it
-SECTIONS: dict[str, tuple[str, Callable[[_Results], str], str]] = {
-    'ops-cpu': ('ops-cpu.json', ops.render, 'ops --device cpu'),
-    'ops-cuda': ('ops-cuda.json', ops.render, 'ops --device cuda'),
-    'networks-cpu': ('networks-cpu.json', networks.render, 'networks --device cpu'),
-    'networks-cuda': ('networks-cuda.json', networks.render, 'networks --device cuda'),
-    'kernels': ('kernels.json', render_kernels, 'kernels'),
-}
-DEVICES = ('cpu', 'cuda')
-RUNTIME: dict[str, tuple[str, Callable[[_Results], str], str]] = {
-    'counts': ('flops.json', flops.render_peers, 'flops'),
-    **{f'{device}-{name}': (
-        f'runtime-{device}.json', partial(render.section, name=name), f'runtime --device {device}')
-       for device in DEVICES for name in render.SECTIONS},
-}
+def render_timm_suite(results: _Results) -> str:
+    return f'{results["passed"]} of {results["wanted"]} tests'
 
 
-def device_plot(device: str) -> str:
-    """The plot's file beside docs/benchmarks.md."""
+class Section(NamedTuple):
+    """What stands between two markers: where, of which file, how it is rendered, and the command that makes it."""
+    page: str
+    file: str
+    show: Callable[[_Results], str]
+    command: str
+    inline: bool = False  # within a line of text
+
+
+def _runtime(device: str) -> dict[str, Section]:
+    file, command = f'runtime-{device}.json', f'-m benchmarks.runtime --device {device}'
+    return {f'{device}-{name}': Section('docs/benchmarks.md', file, partial(tables.section, name=name), command)
+            for name in tables.SECTIONS}
+
+
+SECTIONS: dict[str, Section] = {
+    'flops': Section('docs/paper.md', 'flops.json', flops.render, '-m benchmarks.flops'),
+    'timm-suite': Section(
+        'docs/testing.md', 'timm_suite.json', render_timm_suite, 'tests/tools/timm_suite.py', inline=True),
+    'kernels': Section('docs/performance.md', 'kernels.json', render_kernels, '-m benchmarks.kernels'),
+    'counts': Section('docs/benchmarks.md', 'flops.json', flops.render_peers, '-m benchmarks.flops'),
+    **_runtime('cpu'), **_runtime('cuda'),
+}
+# These are of all devices' files, or of none: the goals, and the plots
+_TABLES_PAGE = 'docs/benchmarks.md'
+
+
+def plot_file(device: str) -> str:
+    """The plot's file beside its page."""
     return f'benchmarks-{device}.svg'
 
 
-def _load(folder: Path, file: str) -> _Results | None:
-    path = folder / file
+def _load(root: Path, file: str) -> _Results | None:
+    path = root / 'benchmarks/results' / file
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _rendered(
-        parts: dict[str, tuple[str, Callable[[_Results], str], str]], folder: Path) -> dict[str, str]:
-    found = {file: _load(folder, file) for file, _, _ in parts.values()}
-    rendered = {}
-    for name, (file, show, command) in parts.items():
-        results = found[file]
-        rendered[name] = show(results) if results else (
-            f'not measured yet: `python -m benchmarks.{command} --out benchmarks/results/{file}`')
-    return rendered
+def _runs(root: Path) -> dict[str, _Results]:
+    found = {device: _load(root, f'runtime-{device}.json') for device in DEVICES}
+    return {device: results for device, results in found.items() if results}
 
 
-def sections(folder: Path = RESULTS) -> dict[str, str]:
-    """All generated sections of docs/performance.md, by name."""
-    settings = [
-        setting for device in DEVICES
-        for setting in (_load(folder, f'networks-{device}.json') or {}).get('settings', [])]
-    return {**_rendered(SECTIONS, folder), 'goals': networks.render_goals(networks.judge(settings))}
-
-
-def runtime_sections(folder: Path = RESULTS) -> dict[str, str]:
-    """All generated sections of docs/benchmarks.md, by name."""
-    first, again = (_load(folder, f'runtime-cpu{which}.json') for which in ('', '-again'))
-    repeated = render.compare(again, first) if first and again else None
-    plots = {
-        f'{device}-plot': f'![Latency against accuracy, and the ratios to TSM as bars]({device_plot(device)})'
-        if (folder / f'runtime-{device}.json').exists() else 'not measured yet' for device in DEVICES}
-    return {
-        **_rendered(RUNTIME, folder), **plots,
-        'repeated': f'{repeated.text}\n\n{timing.origin(again)}' if repeated and again else 'not measured yet'}
+def pages(root: Path = ROOT) -> dict[str, dict[str, str]]:
+    """All generated sections, by page and name."""
+    found: dict[str, dict[str, str]] = {}
+    for name, section in SECTIONS.items():
+        results = _load(root, section.file)
+        text = section.show(results) if results else (
+            f'not measured yet: `python {section.command} --out benchmarks/results/{section.file}`')
+        found.setdefault(section.page, {})[name] = text if section.inline else f'\n{text}\n'
+    runs = _runs(root)
+    found[_TABLES_PAGE]['goals'] = f'\n{goals.render(list(runs.values()))}\n'
+    for device in DEVICES:
+        image = f'![Latency against accuracy, and the ratios to TSM as bars]({plot_file(device)})'
+        found[_TABLES_PAGE][f'{device}-plot'] = f'\n{image if device in runs else "not measured yet"}\n'
+    return found
 
 
 def stale_pages(root: Path = ROOT) -> dict[Path, str]:
     """What the pages whose sections are not those of the results should be."""
-    found = sections(root / 'benchmarks/results')
-    wanted = {
-        root / 'docs/performance.md': found,
-        root / 'docs/benchmarks.md': runtime_sections(root / 'benchmarks/results'),
-        root / 'README.md': {'goals': found['goals']}}
-    pages = {page: replace(page.read_text(), parts) for page, parts in wanted.items()}
-    return {page: text for page, text in pages.items() if text != page.read_text()}
+    written = {root / page: replace((root / page).read_text(), parts) for page, parts in pages(root).items()}
+    return {page: text for page, text in written.items() if text != page.read_text()}
 
 
 def stale_plots(root: Path = ROOT) -> dict[Path, _Results]:
     """Plots that show something else than the results, with these."""
-    results = {device: _load(root / 'benchmarks/results', f'runtime-{device}.json') for device in DEVICES}
-    plots = {root / 'docs' / device_plot(device): found for device, found in results.items() if found}
-    return {path: found for path, found in plots.items() if plot.stale(found, path)}
+    plots = {root / 'docs' / plot_file(device): results for device, results in _runs(root).items()}
+    return {path: results for path, results in plots.items() if plot.stale(results, path)}
 
 
 def replace(text: str, rendered: dict[str, str]) -> str:
@@ -126,7 +124,7 @@ def replace(text: str, rendered: dict[str, str]) -> str:
         parts = re.split(rf'(<!-- /?{re.escape(name)} -->)', text)
         if parts[1::2] != [f'<!-- {name} -->', f'<!-- /{name} -->']:
             raise ValueError(f'there must be one <!-- {name} --> and one <!-- /{name} --> after it')
-        parts[2] = f'\n{content}\n'
+        parts[2] = content
         text = ''.join(parts)
     return text
 

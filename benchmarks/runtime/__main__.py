@@ -11,6 +11,7 @@ warmed up anew. Times and ratios are medians, with intervals bootstrapped over p
 Needs the extra [bench].
 """
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -28,10 +29,9 @@ from benchmarks.runtime.plan import STUDIES, Study, studies
 from benchmarks.runtime.results import NO_TIME, candidates_of, covers, environment, read, resume, save
 from benchmarks.runtime.timing import Deadline
 
-_QUICK_STUDIES = ('latency', 'operators', 'training', 'throughput', 'layers')
-_QUICK_MODELS = (
-    'stm', 'tdrl', 'cme', 'sme', 'cmr', 'first-first', 'layer shift', 'layer pem', 'layer cme', 'cme_tim 256',
-    'motion_conv 256')
+_QUICK_STUDIES = ('latency', 'operators', 'training', 'layers')
+_QUICK_MODELS = ('tdrl', 'cmr', 'layer cme', 'cme_tim 256')
+
 
 
 def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
