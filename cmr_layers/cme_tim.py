@@ -31,7 +31,7 @@ def cme_tim_conv(cme: Any, tim: Any, conv: Any, x: Any) -> Tensor:
     if is_pytorch_conv(conv) and not torch.jit.is_tracing():
         convolution = ops.Convolution(
             conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return ops.cme_tim_conv(frames, num_frames, cme.weights(), tim.weight, convolution, owner=cme)
+        return ops.cme_tim(frames, num_frames, cme.weights(), tim.weight, convolution, owner=cme)
     y = conv(ops.cme_tim(frames, num_frames, cme.weights(), tim.weight, owner=cme))
     return y
 

@@ -6,11 +6,10 @@ or Triton kernels (``triton_*``). :func:`use_path` forces a path. :func:`explain
 takes, and why.
 """
 from . import reference
-from .cme_tim import CMEWeights, Convolution, cme_tim, cme_tim_conv
+from .cme_tim import CMEWeights, Convolution, cme_tim
 from .path import explain, use_path
 from .sme import Norm, motion_conv, sme
 
 __all__ = [
-    'CMEWeights', 'Convolution', 'Norm', 'cme_tim', 'cme_tim_conv', 'explain', 'motion_conv', 'reference', 'sme',
-    'use_path',
+    'CMEWeights', 'Convolution', 'Norm', 'cme_tim', 'explain', 'motion_conv', 'reference', 'sme', 'use_path',
 ]

@@ -1,7 +1,7 @@
 """CME, then TIM, then the convolution behind them, as one operator: equations (1) to (6) and TEINet's temporal layer.
 
-Alone each of the three reads and writes its frames. In training the convolution joins the two layers so that what it
-sees need not be kept for the backward pass. :mod:`.plain_cme_tim` and :mod:`.triton_cme_tim` are its two forms.
+Alone each of the three reads and writes its frames. In training the convolution joins the two layers, so that its input
+need not be kept for the backward pass. :mod:`.plain_cme_tim` and :mod:`.triton_cme_tim` are the operator's two forms.
 """
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
@@ -15,7 +15,7 @@ from .layout import dense, is_channels_last, like, strides
 from .operator import LIBRARY, no_second_derivative, operator
 from .path import choose, undisturbed
 
-__all__ = ['CMEWeights', 'Convolution', 'cme_tim', 'cme_tim_conv']
+__all__ = ['CMEWeights', 'Convolution', 'cme_tim']
 
 Maybe = Optional[Tensor]
 Ints = Sequence[int]
@@ -39,45 +39,32 @@ class Convolution(NamedTuple):
     groups: int = 1
 
 
-def cme_tim(x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, owner: Any = None) -> Tensor:
-    """CME and then TIM, either of which may be missing.
+def cme_tim(
+        x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, conv: Convolution = Convolution(),  # noqa: B008
+        owner: Any = None,
+) -> Tensor:
+    """CME, TIM and a convolution, one after the other; any of them may be missing.
 
     Args:
         x: Frames, (N, C, H, W), N = B * T, the frames of a clip next to each other.
         num_frames: Frames T of a clip.
         cme: CME's weights.
         taps: TIM's taps, (C, 1, K).
+        conv: The convolution.
         owner: The layer that calls, for :func:`.path.explain`.
-
-    Returns:
-        Frames like x.
     """
-    path = _choose(owner, x, num_frames, cme, taps)
-    if path == 'reference':
-        return _reference(x, num_frames, cme, taps)
-    return _run(x, num_frames, cme, taps, Convolution(), path)
-
-
-def cme_tim_conv(
-        x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, conv: Convolution, owner: Any = None,
-) -> Tensor:
-    """:func:`cme_tim`, then a convolution."""
-    path = _choose(owner, x, num_frames, cme, taps, conv)
-    if path == 'reference':
-        return _convolve(_reference(x, num_frames, cme, taps), conv)
-    if torch.is_grad_enabled() or (path == 'triton' and _has_kernel(x, num_frames, taps, *conv)):
-        return _run(x, num_frames, cme, taps, conv, path)
-    return _convolve(_run(x, num_frames, cme, taps, Convolution(), path), conv)
-
-
-def _choose(
-        owner: Any, x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, conv: Convolution = Convolution(),  # noqa: B008
-) -> str:
     name = ' + '.join((['CME'] if cme.w1 is not None else []) + (['TIM'] if taps is not None else []))
     number = 3 if taps is None else taps.shape[2]
-    return choose(
+    path = choose(
         owner, name, x, num_frames, [*cme, taps, conv.weight, conv.bias],
         no_kernel='' if number in (1, 3) else f'TIM has {number} taps, the kernels know 1 and 3')
+    if path == 'reference':
+        y = _reference(x, num_frames, cme, taps)
+    else:
+        joins = torch.is_grad_enabled() or (path == 'triton' and _has_kernel(x, num_frames, taps, *conv))
+        inside, conv = (conv, Convolution()) if joins else (Convolution(), conv)
+        y = torch.ops.cmr_layers.cme_tim(x, num_frames, *cme, taps, *inside, triton=path == 'triton')[0]
+    return y if conv.weight is None else F.conv2d(y, *conv)  # type: ignore[arg-type]
 
 
 def _reference(x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe) -> Tensor:
@@ -87,16 +74,6 @@ def _reference(x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe) -> Tens
     if taps is not None:
         clips = reference.tim(clips, taps)
     return clips.reshape(x.shape)
-
-
-def _convolve(x: Tensor, conv: Convolution) -> Tensor:
-    assert conv.weight is not None
-    return F.conv2d(x, *conv)  # type: ignore[arg-type]
-
-
-def _run(x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, conv: Convolution, path: str) -> Tensor:
-    y: Tensor = torch.ops.cmr_layers.cme_tim(x, num_frames, *cme, taps, *conv, triton=path == 'triton')[0]
-    return y
 
 
 def _has_kernel(
@@ -121,7 +98,7 @@ def _form(triton: bool) -> Any:
     return triton_cme_tim
 
 
-# The operator: y, then what the backward pass needs, which are pooled vectors, z, k and gates; empty without a CME.
+# The operator returns y, and for the backward pass pooled vectors, z, k and gates, which are empty without a CME.
 
 @operator
 def _cme_tim(
@@ -178,7 +155,7 @@ def _cme_tim_backward(
     with undisturbed(x):
         if weight is not None:
             gy = dense(gy, x)
-            # What the convolution saw is as large as x, and cheap to compute again from gates and taps.
+            # The convolution's input is as large as x, and cheap to compute again from gates and taps.
             u = form.mix(x, num_frames, gated, taps)
             if bias is not None:
                 g_bias = gy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)

@@ -105,7 +105,7 @@ def _motion_kernel(
         BLOCK_K: tl.constexpr,                          # input channels
         GROUP: tl.constexpr,                            # blocks of pixels that share the weight's blocks in the cache
 ):
-    """Equation (8) with the batch norm folded, or what is before it: (1 - s) W x [+ bias] [+ x]."""
+    """Equation (8) up to the batch norm, or with a folded one: (1 - s) W x [+ bias] [+ x]."""
     blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_N)
     pid = tl.program_id(0) % (blocks_m * blocks_n)
     group = pid // (GROUP * blocks_n) * GROUP
@@ -186,7 +186,7 @@ def _unmotion_kernel(
         BLOCK_P: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """The gradient of the clip: (1 - s) q, and what s passes on to the two frames of each pair."""
+    """The gradient of the clip: (1 - s) q, and the gradient through s, which goes to both frames of a pair."""
     blocks_c, blocks_p, chunks = tl.cdiv(C, BLOCK_C), tl.cdiv(P, BLOCK_P), tl.cdiv(T, FRAMES)
     pid = tl.program_id(0)
     c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -288,7 +288,7 @@ def motion_conv_backward(
 def _gradient(
         q: Tensor, x: Tensor, num_frames: int, s: Tensor, inverse_norm: Tensor,
 ) -> Tuple[Tensor, Tensor]:
-    """Gradient of the clip given that of x (1 - s), q, and x (1 - s) itself: (gx, m), both like x."""
+    """From q, the gradient of x (1 - s), to the gradient of x. Also x (1 - s) itself. Both are like x."""
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
     meta = _launch('product', x)
