@@ -52,8 +52,8 @@ class Verdict(NamedTuple):
 
 def best(ms: Iterable[Measured], model: str, modes: Sequence[str]) -> Measured | None:
     """The fastest of a network's modes that was measured."""
-    found = [(m, m.summary()) for m in ms if m.model == model and m.mode in modes]
-    timed = [(summary['median'], m) for m, summary in found if summary]
+    found = [(m.median(), m) for m in ms if m.model == model and m.mode in modes]
+    timed = [(median, m) for median, m in found if median is not None]
     return min(timed, key=lambda pair: pair[0], default=(0, None))[1]
 
 

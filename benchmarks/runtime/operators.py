@@ -1,7 +1,7 @@
 """The operators alone, at the shapes that they have in a ResNet-50, and the least that each of them could take.
 
-An operator is a module with weights, so that it is built, timed and checked as a network is. Its floor is what its bytes
-and its operations take at the rates of a large copy and a large matrix product, which are timed in the same run.
+An operator is a module with weights, so that it is built, timed and checked as a network is. Its floor is what its
+bytes and its operations take at the rates of a large copy and a large matrix product, which are timed in the same run.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -89,7 +89,8 @@ class Operator(nn.Module):
             'motion_conv': [weight]}[case.op])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.call(x, self.num_frames, *self.weights)
+        y: Tensor = self.call(x, self.num_frames, *self.weights)
+        return y
 
 
 def _cme_tim(x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, taps: Tensor) -> Tensor:
@@ -98,8 +99,7 @@ def _cme_tim(x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, tap
 
 def _cme_tim_conv(
         x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, taps: Tensor, weight: Tensor) -> Tensor:
-    conv = ops.Convolution(weight, None, (1, 1), (0, 0), (1, 1), 1)
-    return ops.cme_tim_conv(x, num_frames, ops.CMEWeights(w1, w2, w3), taps, conv)
+    return ops.cme_tim(x, num_frames, ops.CMEWeights(w1, w2, w3), taps, ops.Convolution(weight))
 
 
 def _sme(
@@ -152,4 +152,4 @@ class Product(nn.Module):
         return 2 * numbers * cls.channels ** 2
 
 
-RATES = {'copy': Copy, 'product': Product}  # what floors are taken from
+RATES: dict[str, type[Copy] | type[Product]] = {'copy': Copy, 'product': Product}  # what floors are taken from

@@ -64,7 +64,7 @@ def scaled(base: Setting, axis: str) -> list[tuple[Setting, float]]:
     if axis == 'frames':
         return [(half._replace(frames=frames), 1) for frames in (4, 8, 16, 32, 64)]
     if axis == 'size':
-        return [(half._replace(size=size - size % 2), 1) for size in (base.size // 4, base.size // 2, base.size * 3 // 4)]
+        return [(half._replace(size=size), 1) for size in (base.size // 4, half.size, base.size * 3 // 4)]
     if axis == 'batch':
         return [(half._replace(batch=batch), 1) for batch in (1, 2, 4, 8)[:4 if base.device == 'cuda' else 3]]
     return [(half, width) for width in (.5, 1, 1.5, 2)]
@@ -74,12 +74,12 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
     cuda = base.device == 'cuda'
     graph = ['graph'] * cuda
     # launches would hide everything else at batch 1, and what is studied with them
-    one = graph or ['unfolded']
+    one = 'graph' if cuda else 'unfolded'
     compiled = [mode for mode in ON[base.device] if MODES[mode].compiled]
     if name == 'latency':
         yield from _cross(TABLE_7, ['reference', 'unfolded', 'folded', *graph], base)
         yield from _cross(OFF_THE_SHELF, ['unfolded', *graph], base)
-        yield from _cross([*PLACEMENTS, *REDUCTIONS], one, base)
+        yield from _cross([*PLACEMENTS, *REDUCTIONS], [one], base)
         yield from _compiled(compiled, base)  # last: there may be no time for all of them
     elif name == 'throughput':
         eight = base._replace(batch=8)
@@ -100,7 +100,7 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
         yield from _cross(TABLE_7, ['unfolded'], several, training=True)
         yield from _cross([*BASES, 'cmr'], ['reference'], several, training=True)
     elif name == 'frames':
-        yield from _cross([*TABLE_7, *OFF_THE_SHELF], one, base._replace(frames=16))
+        yield from _cross([*TABLE_7, *OFF_THE_SHELF], [one], base._replace(frames=16))
     elif name == 'layers':
         for frames in (4, 8, 16, 32, 64):
             yield from _cross(
@@ -110,13 +110,14 @@ def _candidates(name: str, base: Setting) -> Iterator[Candidate]:
         for axis in AXES:
             for setting, width in scaled(base, axis):
                 for model in _SCALED:
-                    yield Candidate(model, *one, setting, width)
+                    yield Candidate(model, one, setting, width)
     elif name == 'precision':
-        others = [base._replace(dtype=dtype) for dtype in (('fp32', 'tf32', 'fp16', 'bf16') if cuda else ('fp32', 'bf16'))]
+        dtypes = ('fp32', 'tf32', 'fp16', 'bf16') if cuda else ('fp32', 'bf16')
+        others = [base._replace(dtype=dtype) for dtype in dtypes]
         others.append(base._replace(layout='contiguous' if base.layout == 'channels_last' else 'channels_last'))
         for setting in others:
             if setting != base:  # whose latency is known
-                yield from _cross(_COMPILED, one, setting)
+                yield from _cross(_COMPILED, [one], setting)
 
 
 def _compiled(modes: Sequence[str], setting: Setting) -> Iterator[Candidate]:

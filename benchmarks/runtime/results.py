@@ -1,6 +1,8 @@
 """Result files: units of entries, one for each pass of each study; written, read, gone on with."""
+import itertools
 import json
 import os
+import statistics
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,8 +17,8 @@ from benchmarks.runtime.models import MODELS, Model
 from benchmarks.runtime.plan import STUDIES, Study
 
 __all__ = [
-    'NO_TIME', 'Measured', 'Results', 'candidates_of', 'covers', 'environment', 'everything', 'find', 'measured', 'origin',
-    'ratio', 'read', 'resume', 'save']
+    'NO_TIME', 'Measured', 'Results', 'candidates_of', 'covers', 'environment', 'everything', 'find', 'measured',
+    'origin', 'ratio', 'read', 'resume', 'save']
 
 NO_TIME = 'no time left'  # why an entry is missing that another run may have
 
@@ -127,14 +129,18 @@ class Measured(NamedTuple):
         """Median time with its interval, in seconds."""
         return interval.bootstrap(list(self.time.values())) if self.time else None
 
+    def median(self) -> float | None:
+        """Median time, in seconds."""
+        return statistics.median(itertools.chain(*self.time.values())) if self.time else None
+
     def host_time(self) -> float | None:
         """Seconds that the host takes for the launches, median; None on a CPU."""
-        return interval.bootstrap(list(self.host.values()))['median'] if self.host else None
+        return statistics.median(itertools.chain(*self.host.values())) if self.host else None
 
     def host_bound(self) -> bool:
         """Whether a GPU waits for its host."""
-        host, time = self.host_time(), self.summary()
-        return host is not None and time is not None and host > _HOST_BOUND * time['median']
+        host, time = self.host_time(), self.median()
+        return host is not None and time is not None and host > _HOST_BOUND * time
 
 
 def measured(results: Results, study: str) -> list[Measured]:

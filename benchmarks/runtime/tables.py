@@ -70,7 +70,7 @@ def best_mode(ms: Iterable[Measured]) -> str | None:
 def table_7(results: Results) -> str:
     """Latency and throughput of the paper's rows and ours, the paper's figures beside them; by mode, if several."""
     found = {m.mode for study in ('latency', 'throughput') for m in measured(results, study)}
-    shown = [mode for mode in ('graph', 'unfolded') if mode in found] or sorted(found)
+    shown: list[str] = [mode for mode in ('graph', 'unfolded') if mode in found] or sorted(found)
     return '\n\n'.join(_table_7(results, mode) for mode in shown)
 
 
@@ -153,8 +153,8 @@ def training(results: Results) -> str:
         rows.append([
             m.row.label, m.mode, _time(m), *_bound(m, results), *_to_bases(m, ms), _memory(m.memory),
             _number(_over(m.memory, baseline.memory if baseline else None)), _memory(held)])
-    head = ['training step', 'mode', 'ms', *_bound_head(results), _TO_BASELINE, _TO_TSM, 'peak MB', _TO_BASELINE,
-            'with weights and optimizer']
+    head = ['training step', 'mode', 'ms', *_bound_head(results), _TO_BASELINE, _TO_TSM, 'peak MB',
+            'peak MB over the baseline', 'peak MB with weights and optimizer']
     return table(head, rows)
 
 
@@ -185,7 +185,8 @@ def operators(results: Results) -> str:
             'bytes': floor_bytes(case, numbers, m.setting.torch_dtype.itemsize, m.training) / copy['median'],
             'operations': floor_flops(case, numbers, m.training) / product['median']}
         bound = max(floors, key=lambda kind: floors[kind])
-        over = interval.bootstrap([[t / floors[bound] for t in rounds] for rounds in m.time.values()]) if m.time else None
+        times = [[time / floors[bound] for time in rounds] for rounds in m.time.values()]
+        over = interval.bootstrap(times) if times else None
         to = f' to {case.outputs}' if case.op == 'cme_tim_conv' else ''
         rows.append([
             f'{m.row.label}, forward{" + backward" * m.training}',
@@ -251,8 +252,8 @@ def scaling(results: Results, study: str, axis: str) -> str:
 
 
 def _point(m: Measured | None) -> str:
-    entry = m.summary() if m else None
-    return _number(entry['median'] * 1e3) if entry else _time(m)
+    median = m.median() if m else None
+    return _time(m) if median is None else _number(median * 1e3)
 
 
 # Section: the studies that it shows, and what renders it

@@ -88,7 +88,7 @@ class Workshop:
 
         def make() -> list[Tensor]:
             size = math.prod((c.setting.batch, c.setting.frames, channels, c.setting.size ** 2, dtype.itemsize))
-            count = 4 if channels == 3 else max(4, math.ceil(CACHE_BYTES / size))
+            count = 4 if channels == 3 else min(64, max(4, math.ceil(CACHE_BYTES / size)))
             with torch.inference_mode(not c.training):  # as CUDA graphs have them inside
                 found = clips(c.setting, count, dtype, channels)
             return [x.requires_grad_() for x in found] if c.training and operator else found

@@ -3,8 +3,8 @@
 The tests are those of the sdist of the installed timm, unmodified: eight that choose models by name and three that
 choose them by module. Two more load every checkpoint from the hub; ``--hub`` adds them.
 
-    python -m benchmarks.timm_suite                                # all names of the family
-    python -m benchmarks.timm_suite cmr_resnet18 cmr_resnet50      # some
+    python tests/tools/timm_suite.py                               # all names of the family
+    python tests/tools/timm_suite.py cmr_resnet18 cmr_resnet50     # some
 """
 import argparse
 import json
@@ -45,15 +45,15 @@ def fetch_sdist(folder: Path) -> Path:
 
 def run_suite(root: Path, names: list[str], tests: set[str], report: Path) -> int:
     """Run the tests of the unpacked sdist for the names, in a process of its own; return pytest's exit code."""
-    repo = Path(__file__).parents[1]
+    here = Path(__file__).resolve().parent
     env = {key: value for key, value in os.environ.items() if key != 'GITHUB_ACTIONS'}  # it drops tests
     env.update(TORCH_BACKEND='cmr_layers', TIMEOUT='900', PYTHONPATH=os.pathsep.join(
-        [str(repo), *filter(None, [os.environ.get('PYTHONPATH')])]))
+        [str(here.parents[1]), str(here), *filter(None, [os.environ.get('PYTHONPATH')])]))
     # ids look like test_model_forward[1-cmr_resnet18] and test_model_default_cfgs[meta-1-cmr_resnet18.a1_in1k]
     chosen_names = ' or '.join(f'{name}] or {name}.' for name in names)
     chosen_tests = ' or '.join(f'{test}[' for test in sorted(tests))
     return subprocess.run(
-        [sys.executable, '-m', 'pytest', '-p', 'benchmarks.timm_plugin', '-p', 'no:cacheprovider', '-q',
+        [sys.executable, '-m', 'pytest', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-q',
          '-W', 'ignore', '--no-header', f'--junitxml={report}', '-k', f'({chosen_names}) and ({chosen_tests})',
          'tests/test_models.py'],
         cwd=root, env=env).returncode

@@ -1,17 +1,17 @@
-"""The kernels compiled for GPUs that are not here: what a ResNet-50 launches has to fit, and to use the hardware."""
+"""benchmarks.kernels: what a ResNet-50 launches, compiled for GPUs that are not here, fits and uses the hardware."""
 import pytest
 import torch
 
 pytest.importorskip('triton')
 from benchmarks import kernels
-from cmr_layers.ops import triton_front
+from cmr_layers.ops import triton_cme_tim
 
 EARLY, LATE = (256, 56, 128), (2048, 7, 512)
 CASES = {
     'bf16, channels_last': ('bf16', True, 8, EARLY),
     'fp16, contiguous, 5 frames': ('fp16', False, 5, LATE),
     'fp32, channels_last': ('fp32', True, 8, LATE),
-    'fp16, channels_last, 32 frames': ('fp16', True, triton_front.MAX_FRAMES, LATE),
+    'fp16, channels_last, 32 frames': ('fp16', True, triton_cme_tim.MAX_FRAMES, LATE),
 }
 
 
@@ -45,7 +45,7 @@ def test_a_kernel_that_spills_is_seen():
     # 32 frames of 1024 channels at once: far more than the registers hold
     x = torch.empty(32, 1024, 7, 7, device='meta')
     weights = [torch.empty(shape, device='meta') for shape in ((128, 1024), (128, 1024), (1024, 128))]
-    launch, = (v for v in kernels.record(lambda: triton_front.gates(x, 32, *weights, None)) if 'gate' in v.name)
+    launch, = (v for v in kernels.record(lambda: triton_cme_tim.gates(x, 32, *weights, None)) if 'gate' in v.name)
     constants = dict(launch.constants, BLOCK_C=1024)
     spilled = kernels.compile_for(launch._replace(constants=tuple(constants.items())), 90)
     assert spilled['stack'] > kernels.STACK and kernels.failures(launch, 90, spilled)
@@ -58,7 +58,7 @@ def test_clips_too_long_for_the_kernel_of_the_gates_leave_them_to_a_library():
 
 
 def test_recording_gives_the_kernels_back():
-    kernel = triton_front._mix_kernel
+    kernel = triton_cme_tim._mix_kernel
     with pytest.raises(ZeroDivisionError):
         kernels.record(lambda: 1 / 0)
-    assert triton_front._mix_kernel is kernel
+    assert triton_cme_tim._mix_kernel is kernel

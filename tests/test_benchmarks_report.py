@@ -1,0 +1,100 @@
+"""The pages show the committed results, between their markers."""
+import json
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from benchmark_results import ORIGIN, cells, entry, results
+
+from benchmarks import flops, report
+from benchmarks.runtime import goals, tables
+
+ROOT = Path(__file__).parents[1]
+DEVICES = ('cpu', 'cuda')
+
+
+def kernel(name, sm, reg, failures=()):
+    return {'kernel': name, 'sm': sm, 'reg': reg, 'shared': 100 * reg, 'stack': 0, 'tensor_cores': ['HMMA'],
+            'failures': list(failures)}
+
+
+def test_table_of_kernels_has_the_worst_variant():
+    rows, head = cells(report.render_kernels({
+        **ORIGIN, 'kernels': [kernel('_a', 80, 10), kernel('_a', 80, 30), kernel('_a', 90, 20, ['no HGMMA'])]}))
+    assert [row[head.index('variants')] for row in rows] == ['2', '1']
+    assert rows[0][head.index('registers, at most')] == '30'
+    assert rows[0][head.index('bytes of shared memory, at most')] == '3000'
+    assert [row[-1] for row in rows] == ['ok', '1 fail']
+
+
+def test_every_section_has_its_page():
+    found = report.pages()
+    assert set(found) == {'docs/benchmarks.md', 'docs/performance.md', 'docs/paper.md', 'docs/testing.md'}
+    assert set(found['docs/benchmarks.md']) == {
+        'counts', 'goals', *(f'{device}-{name}' for device in DEVICES for name in ('plot', *tables.SECTIONS))}
+    assert set(found['docs/performance.md']) == {'kernels'}
+    assert set(found['docs/paper.md']) == {'flops'} and set(found['docs/testing.md']) == {'timm-suite'}
+
+
+def test_what_has_no_results_says_which_command_makes_them(tmp_path):
+    for parts in report.pages(tmp_path).values():
+        for name, text in parts.items():
+            assert 'not measured yet' in text
+            if name == 'goals':
+                assert text.count('not measured yet') == len(goals.GOALS)
+            elif not name.endswith('plot'):
+                assert re.fullmatch(r'not measured yet: `python .* --out benchmarks/results/\S+\.json`', text.strip())
+
+
+def test_pages_are_rewritten_between_their_markers(tmp_path, monkeypatch, capsys):
+    pages, folder = {tmp_path / page: parts for page, parts in report.pages(tmp_path).items()}, tmp_path / 'docs'
+    folder.mkdir()
+    (tmp_path / 'benchmarks/results').mkdir(parents=True)
+    for page, parts in pages.items():
+        page.write_text(''.join(f'<!-- {name} -->\nOLD TEXT\n<!-- /{name} -->\nMore of {name}.\n' for name in parts))
+    run = results([entry('tsn'), entry('tsm'), entry('cmr')])
+    (tmp_path / 'benchmarks/results/runtime-cpu.json').write_text(json.dumps(run))
+    suite = {'passed': 3, 'wanted': 4}
+    (tmp_path / 'benchmarks/results/timm_suite.json').write_text(json.dumps(suite))
+    monkeypatch.setattr(report, 'stale_pages', partial(report.stale_pages, tmp_path))
+    monkeypatch.setattr(report, 'stale_plots', partial(report.stale_plots, tmp_path))
+
+    def main(*args):
+        monkeypatch.setattr(sys, 'argv', ['report', *args])
+        return report.main()
+
+    assert main('--check') == 1 and all('OLD TEXT' in page.read_text() for page in pages)
+    error = capsys.readouterr().err
+    assert all(f'{page.name} is stale' in error for page in pages) and 'benchmarks-cpu.svg is stale' in error
+    assert main() == 0
+    texts = {page: page.read_text() for page in pages}
+    for page, text in texts.items():
+        assert 'OLD TEXT' not in text and all(f'More of {name}.' in text for name in pages[page])
+    assert 'baseline+CME&SME' in texts[folder / 'benchmarks.md']
+    assert '<!-- timm-suite -->3 of 4 tests<!-- /timm-suite -->' in texts[folder / 'testing.md']  # within a line
+    assert main('--check') == 0
+    assert main() == 0 and all(page.read_text() == text for page, text in texts.items())
+
+
+def test_the_pages_show_the_committed_results():
+    assert not report.stale_pages() and not report.stale_plots()
+
+
+def test_committed_counts_are_what_the_code_gives():
+    counts = json.loads((ROOT / 'benchmarks/results/flops.json').read_text())
+    assert flops.count(flops.build(), 8) == pytest.approx(counts['table 1']['8 frames'])
+    assert counts['table 1']['8 frames']['gmacs'] == pytest.approx(39.46, abs=.01)  # peers' own count
+
+
+def test_committed_results_name_no_path_of_a_machine():
+    for path in (ROOT / 'benchmarks/results').glob('*.json'):
+        assert not re.search(r'["\s=]/\w', path.read_text()), path
+
+
+@pytest.mark.parametrize('text', [
+    '', '<!-- a -->', '<!-- /a --> <!-- a -->', '<!-- a --><!-- /a --><!-- a --><!-- /a -->'])
+def test_page_without_its_markers(text):
+    with pytest.raises(ValueError, match='there must be one <!-- a --> and one <!-- /a --> after it'):
+        report.replace(text, {'a': 'new'})
