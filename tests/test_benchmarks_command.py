@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmark_results import BASE, entry, results
+from benchmark_results import entry, results
 
 from benchmarks.runtime import __main__ as cli
 from benchmarks.runtime import plan, plot

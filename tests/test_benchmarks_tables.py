@@ -75,7 +75,8 @@ def test_training_shows_memory_with_and_without_what_is_held():
                  entry('cmr', training=True, samples=[2., 2.], memory_bytes=120_000_000, held_bytes=60_000_000)],
                 study='training')
     _, cmr = cells(tables.training(r))[0]
-    assert cmr == ['baseline+CME&SME', 'unfolded', '2000.0 (2000.0-2000.0)', '2.00 (2.00-2.00)', '', '120', '1.20', '180']
+    assert cmr == [
+        'baseline+CME&SME', 'unfolded', '2000.0 (2000.0-2000.0)', '2.00 (2.00-2.00)', '', '120', '1.20', '180']
 
 
 # Operators
