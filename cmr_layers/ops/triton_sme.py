@@ -275,28 +275,23 @@ def motion_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, weight: Tensor, s: Tensor, inverse_norm: Tensor, learns: bool = True,
 ) -> Tuple[Tensor, Tensor]:
     """As :func:`.plain_sme.motion_conv_backward`. A library multiplies the matrices."""
+    s, inverse_norm = s.contiguous(), inverse_norm.contiguous()
     convolution = torch.ops.aten.convolution_backward
     unit: Tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    q = convolution(gy, x, weight.to(x.dtype), None, *unit, [True, False, False])[0]
-    gx, m = _gradient(like(q, x), x, num_frames, s.contiguous(), inverse_norm.contiguous())
+    q = like(convolution(gy, x, weight.to(x.dtype), None, *unit, [True, False, False])[0], x)
+
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
+    meta = _launch('product', x)
+    grid: Any = (x.shape[0] * triton.cdiv(pixels, meta['BLOCK_P']),)
+    _product_kernel[grid](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
+    meta = _launch('unmotion', x)
+    frames = min(meta.pop('FRAMES'), num_frames)
+    blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
+    grid = (x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * blocks,)
+    _unmotion_kernel[grid](
+        x, q, s, inverse_norm, gs, gx, num_frames, channels, pixels, *strides(x), FRAMES=frames, **meta)
     if not learns:
         return gx, x.new_empty(0)
     g_weight = convolution(gy, m, weight.to(x.dtype), None, *unit, [False, True, False])[1]
     return gx, g_weight.to(weight.dtype).contiguous()
-
-
-def _gradient(
-        q: Tensor, x: Tensor, num_frames: int, s: Tensor, inverse_norm: Tensor,
-) -> Tuple[Tensor, Tensor]:
-    """From q, the gradient of x (1 - s), to the gradient of x. Also x (1 - s) itself. Both are like x."""
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
-    meta = _launch('product', x)
-    _product_kernel[(n * triton.cdiv(pixels, meta['BLOCK_P']),)](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
-    meta = _launch('unmotion', x)
-    frames = min(meta.pop('FRAMES'), num_frames)
-    blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
-    grid = (n // num_frames * triton.cdiv(num_frames, frames) * blocks,)
-    _unmotion_kernel[grid](
-        x, q, s, inverse_norm, gs, gx, num_frames, channels, pixels, *strides(x), FRAMES=frames, **meta)
-    return gx, m
