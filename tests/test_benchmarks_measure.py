@@ -153,8 +153,8 @@ def test_there_is_no_time_left():
 
 def test_compiling_leaves_time_for_the_rounds():
     # what it takes is a guess before the first of them: two minutes
-    plain, compiled = measure(study(('tsn', 'unfolded'), ('tsn', 'compiled')), seconds=110)
-    assert 'samples' in plain and compiled['missing'] == NO_TIME
+    unfolded, compiled = measure(study(('tsn', 'unfolded'), ('tsn', 'compiled')), seconds=110)
+    assert 'samples' in unfolded and compiled['missing'] == NO_TIME
 
 
 def test_tf32_is_allowed_where_it_is_meant_and_put_back():

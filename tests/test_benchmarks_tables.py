@@ -6,7 +6,7 @@ from benchmark_results import BASE, cells, entry, missing, results
 
 from benchmarks.runtime import goals, operators, plan, plot, tables
 from benchmarks.runtime.compare import compare
-from benchmarks.runtime.results import measured, ratio
+from benchmarks.runtime.results import NO_TIME, measured, ratio
 
 EIGHT = BASE._replace(batch=8)
 
@@ -88,7 +88,7 @@ def test_operators_stand_beside_their_reference_and_their_floor():
     forms = [entry('cme_tim_conv 256', mode, samples, setting, training=True, memory_bytes=1_000_000, error=2e-7)
              for mode, samples in (('reference', [4., 4.]), ('unfolded', [2., 2.]))]
     r = results([entry('copy', setting=setting), entry('product', setting=setting), *forms,
-                 missing('cme_tim_conv 256', 'compiled-reference', 'no time left', setting=setting, training=True)],
+                 missing('cme_tim_conv 256', 'compiled-reference', NO_TIME, setting=setting, training=True)],
                 study='operators')
     (row,), head = cells(tables.operators(r))
     row = dict(zip(head, row))
@@ -138,6 +138,7 @@ def judged(*files):
 def test_goals_compare_within_rounds_and_with_the_best_mode():
     def run(cmr):
         return results([entry('tsn', samples=[4., 40., 4.]), entry('tsn', 'frozen', [2., 20., 2.]),
+                        entry('tsn', 'folded', [3., 30., 3.]), missing('tsn', 'compiled'),
                         entry('cmr', 'folded', cmr), entry('cmr', samples=[1., 1., 1.])])
     verdict = goals.judge([run([3., 30., 3.])])[-1]
     assert verdict.of == 'baseline+CME&SME, folded / ResNet-50 (TSN), frozen'
@@ -147,9 +148,13 @@ def test_goals_compare_within_rounds_and_with_the_best_mode():
 
 
 def test_goals_that_were_not_measured_say_so():
-    verdicts = goals.judge([results([entry('tsn', 'folded'), entry('cmr', 'folded')])])
-    assert [verdict.ratio is None for verdict in verdicts] == [goal.device == 'cuda' for goal in goals.GOALS]
-    lines = goals.render([results([entry('tsn', 'folded'), entry('cmr', 'folded')])]).splitlines()[2:]
+    modes = [entry('tsn', mode) for mode in ('unfolded', 'folded', 'compiled', 'frozen')]
+    file = results([*modes, entry('cmr', 'folded')])
+    assert [verdict.ratio is None for verdict in goals.judge([file])] == [goal.device == 'cuda' for goal in goals.GOALS]
+    without = results([*modes[:-1], entry('cmr', 'folded')])  # the best mode of the baseline is not known
+    for unknown in (without, results([*modes[:-1], missing('tsn', 'frozen', NO_TIME), entry('cmr', 'folded')])):
+        assert all(verdict.ratio is None for verdict in goals.judge([unknown]))
+    lines = goals.render([file]).splitlines()[2:]
     assert ['not measured yet' in line for line in lines] == [goal.device == 'cuda' for goal in goals.GOALS]
     assert goals.render([]).count('not measured yet') == len(goals.GOALS)
 

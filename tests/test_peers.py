@@ -547,7 +547,7 @@ def test_tea_block_starts_with_the_last_split_shifted_and_the_others_still():
 COUNTS = {
     'tsn': (23.86, 32.70), 'tsm': (23.86, 32.70), 'tei': (29.91, 32.88), 'stm': (24.04, 33.08), 'tdrl': (30.40, 32.88),
     'tea': (24.46, 34.54)}
-# channels in front of each of ResNet-50's blocks; channels and width at 224x224 behind them
+# channels before each of ResNet-50's blocks; channels and width at 224x224 behind them
 INPUTS = [64, 256, 256, 256, *[512] * 4, *[1024] * 6, 2048, 2048]
 OUTPUTS = [*[(256, 56)] * 3, *[(512, 28)] * 4, *[(1024, 14)] * 6, *[(2048, 7)] * 3]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from cmr_layers import ClipModel
 
-__all__ = ['before_conv1', 'bottlenecks', 'check_plain', 'tsn_resnet50']
+__all__ = ['before_conv1', 'bottlenecks', 'check_options', 'tsn_resnet50']
 
 
 class Clips(ClipModel):
@@ -42,7 +42,7 @@ def before_conv1(model: nn.Module, make: Callable[..., nn.Module]) -> None:
             make(conv.in_channels, device=conv.weight.device, dtype=conv.weight.dtype), conv)
 
 
-def check_plain(options: dict[str, Any]) -> None:
+def check_options(options: dict[str, Any]) -> None:
     """Refuse what timm's block can do and a block with a forward of its own does not.
 
     Raises:

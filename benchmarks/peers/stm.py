@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cmr_layers import TIM
 from cmr_layers.clip import ClipLayer
 
-from .resnet import check_plain, tsn_resnet50
+from .resnet import check_options, tsn_resnet50
 
 __all__ = ['CMM', 'FeatureDifference', 'STMBlock', 'cstm', 'stm_resnet50']
 
@@ -80,7 +80,7 @@ class STMBlock(Bottleneck):
     """timm's Bottleneck, its 3x3 convolution replaced by the sum of CSTM and CMM."""
 
     def __init__(self, *args: Any, num_frames: int = 8, **kwargs: Any) -> None:
-        check_plain(kwargs)
+        check_options(kwargs)
         super().__init__(*args, **kwargs)
         dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
         self.time = cstm(self.conv2.in_channels, num_frames, **dd)

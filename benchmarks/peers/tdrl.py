@@ -60,7 +60,7 @@ class PEM(ClipLayer):
 
 
 def tdrl_resnet50(num_frames: int = 8, num_classes: int = 174, **kwargs: Any) -> nn.Module:
-    """ResNet-50 with PEM and the frozen convolution over time in front of conv1 of all 16 blocks."""
+    """ResNet-50 with PEM and the frozen convolution over time before conv1 of all 16 blocks."""
     def make(channels: int, **dd: Any) -> nn.Module:
         return nn.Sequential(
             PEM(channels, num_frames, **dd), TIM(channels, num_frames, init='tsm', **dd).requires_grad_(False))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cmr_layers import TIM
 from cmr_layers.clip import ClipLayer
 
-from .resnet import check_plain, tsn_resnet50
+from .resnet import check_options, tsn_resnet50
 from .stm import FeatureDifference
 
 __all__ = ['ME', 'TEABlock', 'tea_res2net50']
@@ -48,14 +48,14 @@ class ME(ClipLayer):
 
 
 class TEABlock(Bottle2neck):
-    """timm's Bottle2neck with ME behind conv1 and a convolution over time in front of each split's 3x3 (MTA).
+    """timm's Bottle2neck with ME behind conv1 and a convolution over time before each split's 3x3 (MTA).
 
     The last split has that convolution only; it starts as a shift of all channels, the first half of them from frame
     t+1, the second from frame t-1. The other splits start as they are.
     """
 
     def __init__(self, *args: Any, num_frames: int = 8, **kwargs: Any) -> None:
-        check_plain(kwargs)
+        check_options(kwargs)
         super().__init__(*args, **kwargs)
         dd: dict[str, Any] = {name: kwargs.get(name) for name in ('device', 'dtype')}
         self.me = ME(self.conv1.out_channels, num_frames, **dd)

@@ -70,7 +70,7 @@ class MEM(ClipLayer):
 
 
 def tei_resnet50(num_frames: int = 8, num_classes: int = 174, **kwargs: Any) -> nn.Module:
-    """ResNet-50 with MEM and TIM in front of conv1 of all 16 blocks."""
+    """ResNet-50 with MEM and TIM before conv1 of all 16 blocks."""
     def make(channels: int, **dd: Any) -> nn.Module:
         return nn.Sequential(MEM(channels, num_frames, **dd), TIM(channels, num_frames, **dd))
 

@@ -1,7 +1,7 @@
 """TSM: an eighth of the channels comes from the next frame, an eighth from the previous one.
 
 Source: `TSM: Temporal Shift Module for Efficient Video Understanding` (ICCV 2019), as released
-(mit-han-lab/temporal-shift-module): ``blockres``, the shift in front of conv1 of every block, the shortcut unshifted.
+(mit-han-lab/temporal-shift-module): ``blockres``, the shift before conv1 of every block, the shortcut unshifted.
 The paper's figure draws the other direction.
 """
 from functools import partial
@@ -47,7 +47,7 @@ class TemporalShift(ClipLayer):
 
 
 def tsm_resnet50(num_frames: int = 8, num_classes: int = 174, **kwargs: Any) -> nn.Module:
-    """ResNet-50 with the shift in front of conv1 of all 16 blocks."""
+    """ResNet-50 with the shift before conv1 of all 16 blocks."""
     model = tsn_resnet50(num_frames, num_classes, **kwargs)
     before_conv1(model, partial(TemporalShift, num_frames=num_frames))
     return model

@@ -6,7 +6,7 @@ from benchmarks.markdown import table
 from benchmarks.runtime import interval
 from benchmarks.runtime.candidate import MODES, ON
 from benchmarks.runtime.models import MODELS
-from benchmarks.runtime.results import Measured, Results, everything, ratio
+from benchmarks.runtime.results import NO_TIME, Measured, Results, everything, ratio
 
 __all__ = ['GOALS', 'Goal', 'Verdict', 'best_baseline', 'judge', 'render']
 
@@ -68,8 +68,9 @@ def judge(results: Sequence[Results]) -> list[Verdict]:
                 m for m in everything(file) if m.training == (goal.what != 'inference') and m.width == 1
                 and m.setting._asdict() == {**base, 'device': goal.device, 'batch': goal.batch}]
         m, other = best(ms, 'cmr', goal.modes), best(ms, goal.base, goal.base_modes)
-        found = ratio(m, other)
-        if m and other and goal.what == 'memory':
+        known = {m.mode for m in ms if m.model == goal.base and (m.time or m.missing not in (None, NO_TIME))}
+        found = ratio(m, other) if known.issuperset(goal.base_modes) else None  # else nobody knows the best of them
+        if m and other and found and goal.what == 'memory':
             found = _memory(m, other)
         if m and other and found:
             of = f'{MODELS[m.model].label}, {m.mode} / {MODELS[other.model].label}, {other.mode}'
