@@ -54,7 +54,6 @@ class Section(NamedTuple):
     file: str
     show: Callable[[_Results], str]
     command: str
-    inline: bool = False  # within a line of text
 
 
 def _runtime(device: str) -> dict[str, Section]:
@@ -65,8 +64,7 @@ def _runtime(device: str) -> dict[str, Section]:
 
 SECTIONS: dict[str, Section] = {
     'flops': Section('docs/paper.md', 'flops.json', flops.render, '-m benchmarks.flops'),
-    'timm-suite': Section(
-        'docs/testing.md', 'timm_suite.json', render_timm_suite, 'tests/tools/timm_suite.py', inline=True),
+    'timm-suite': Section('docs/testing.md', 'timm_suite.json', render_timm_suite, 'tests/tools/timm_suite.py'),
     'kernels': Section('docs/performance.md', 'kernels.json', render_kernels, '-m benchmarks.kernels'),
     'counts': Section('docs/benchmarks.md', 'flops.json', flops.render_peers, '-m benchmarks.flops'),
     **_runtime('cpu'), **_runtime('cuda'),
@@ -97,12 +95,12 @@ def pages(root: Path = ROOT) -> dict[str, dict[str, str]]:
         results = _load(root, section.file)
         text = section.show(results) if results else (
             f'not measured yet: `python {section.command} --out benchmarks/results/{section.file}`')
-        found.setdefault(section.page, {})[name] = text if section.inline else f'\n{text}\n'
+        found.setdefault(section.page, {})[name] = text
     runs = _runs(root)
-    found[_TABLES_PAGE]['goals'] = f'\n{goals.render(list(runs.values()))}\n'
+    found[_TABLES_PAGE]['goals'] = goals.render(list(runs.values()))
     for device in DEVICES:
         image = f'![Latency against accuracy, and the ratios to TSM as bars]({plot_file(device)})'
-        found[_TABLES_PAGE][f'{device}-plot'] = f'\n{image if device in runs else "not measured yet"}\n'
+        found[_TABLES_PAGE][f'{device}-plot'] = image if device in runs else 'not measured yet'
     return found
 
 
@@ -124,7 +122,7 @@ def replace(text: str, rendered: dict[str, str]) -> str:
         parts = re.split(rf'(<!-- /?{re.escape(name)} -->)', text)
         if parts[1::2] != [f'<!-- {name} -->', f'<!-- /{name} -->']:
             raise ValueError(f'there must be one <!-- {name} --> and one <!-- /{name} --> after it')
-        parts[2] = content
+        parts[2] = f'\n{content}\n'
         text = ''.join(parts)
     return text
 

@@ -1,4 +1,6 @@
-"""What a temporal module costs: the paper's Table 7 and more, CMR beside its peers. ``python -m benchmarks.runtime``.
+"""What CMR costs, beside its peers and against its goals: ``python -m benchmarks.runtime``.
 
-``models`` says what is compared, ``plan`` in which studies, ``measure`` runs them, ``render`` and ``plot`` show them.
+``models`` and ``operators`` say what is compared, ``candidate`` in which modes and settings, ``plan`` in which studies.
+``workshop`` builds it, ``measure`` runs a pass with ``timing`` and ``memory``, ``results`` keeps it. ``tables``,
+``goals``, ``compare`` and ``plot`` show it, with the one statistic of ``interval``.
 """
