@@ -154,25 +154,26 @@ def test_no_plot_without_its_extra(monkeypatch, tmp_path):
 def test_one_short_run_from_end_to_end_and_one_against_it(tmp_path, monkeypatch, capsys):
     """The only run in a process of its own: all that has to be seen of one is seen here."""
     out = tmp_path / 'r.json'
-    args = ['--quick', '--studies', 'latency', 'operators', '--models', 'tim', 'cme_tim 256', '--modes', 'unfolded',
-            'compiled-reference', '--out', str(out)]
+    args = ['--quick', '--studies', 'operators', 'layers', '--models', 'cme_tim 256', 'layer cme', '--out', str(out)]
     done = subprocess.run(
         [sys.executable, '-m', 'benchmarks.runtime', '--device', 'cpu', *args], cwd=ROOT, capture_output=True,
         text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     saved = json.loads(out.read_text())
-    assert [unit['study'] for unit in saved['units']] == ['latency', 'operators']
-    latency, operators = ([*unit['entries']] for unit in saved['units'])
-    assert [(e['model'], e['mode']) for e in latency] == [(name, 'unfolded') for name in ('tsn', 'tsm', 'tim')]
+    assert [unit['study'] for unit in saved['units']] == ['operators', 'layers']
+    operators, layers = ([*unit['entries']] for unit in saved['units'])
+    forms = 'reference', 'unfolded', 'compiled-reference'
+    assert [e['model'] for e in operators[:2]] == ['copy', 'product']
     assert [(e['model'], e['mode'], e['training']) for e in operators[2:]] == [
-        ('cme_tim 256', mode, backward) for backward in (False, True) for mode in ('unfolded', 'compiled-reference')]
-    for e in (*latency, *operators):
+        ('cme_tim 256', mode, backward) for backward in (False, True) for mode in forms]
+    assert [(e['model'], e['frames']) for e in layers[::2]] == [('layer cme', T) for T in (4, 8, 16, 32, 64)]
+    for e in (*operators, *layers):
         assert e['error'] < (1e-3 if e['training'] else 1e-4) and len(e['samples']) >= 2
         assert e['memory_bytes'] > 0 or e['model'] == 'copy'
     assert 'smoke run, no numbers to quote' in done.stdout and 'a copy moves' in done.stdout
     assert 'not measured yet' in done.stdout and 'python -m benchmarks.runtime --device cpu' in done.stdout
-    assert 'latency, pass 1 of 1' in done.stderr
+    assert 'layers, pass 1 of 1' in done.stderr
     before = out.read_text()
     assert main(monkeypatch, *args, '--against', out) == 0  # all is there: nothing is measured, all ratios agree
-    assert re.search(r'\d+ ratios: \d+ inside, 0 overlapping, 0 apart', capsys.readouterr().out)
+    assert '4 ratios: 4 inside, 0 overlapping, 0 apart' in capsys.readouterr().out
     assert out.read_text() == before

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.peers.gsm import GSM
-from benchmarks.runtime.candidate import MODES, Candidate, Setting
+from benchmarks.runtime.candidate import MODES, Candidate, Setting, takes
 from benchmarks.runtime.models import MODELS, OPERATORS
 from cmr_layers import CME, TIM
 from cmr_layers.deploy import fold, graphed
@@ -41,9 +41,11 @@ def build(name: str, frames: int, width: float = 1) -> nn.Module:
                 assert m.running_mean is not None and m.running_var is not None
                 m.running_mean.uniform_(-.5, .5)
                 m.running_var.uniform_(.5, 2)
-            elif isinstance(m, (CME, TIM)):
+            elif isinstance(m, CME):
                 for p in m.parameters():
-                    p.uniform_(-.7, .7)
+                    p.uniform_(-1.7, 1.7).div_(p[0].numel() ** .5)  # as trained ones; larger ones only round
+            elif isinstance(m, TIM):
+                m.weight.uniform_(-.7, .7)
             elif isinstance(m, GSM):
                 m.gate.weight.normal_(std=.1)
     return model.eval()
@@ -103,6 +105,8 @@ class Workshop:
             model = build(c.model, c.setting.frames, c.width)
             if folded:
                 one = c.setting._replace(device='cpu', batch=1)
+                if takes(c.model, one._replace(size=64)):  # as much of a network is seen there, and sooner
+                    one = one._replace(size=min(one.size, 64))
                 fold(model, clips(one, 1, torch.float32, MODELS[c.model].in_channels)[0])
             return place(model, c.setting, c.setting.torch_dtype)
         where = c.setting._replace(batch=0, size=0)  # which do not change it
