@@ -5,7 +5,7 @@ from typing import Any, Optional
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the code beside these pages, not an installed one
 
-import cmr_layers  # noqa: E402
+import cmr_layers
 
 project = 'cmr-layers'
 author = 'The cmr-layers developers'
