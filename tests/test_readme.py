@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
+import cmr_layers
 from benchmarks import flops, timm_suite
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +75,11 @@ def test_every_page_is_in_the_readme_and_on_the_site():
     listed = {f'{line}.md' for block in re.findall(r'```{toctree}\n(.*?)```', PAGES['index.md'], re.DOTALL)
               for line in block.splitlines() if re.fullmatch(r'\w+', line)}
     assert listed == PAGES.keys() - {'index.md'} and linked == listed
+
+
+def test_the_api_is_complete():
+    shown = set(re.findall(r'^\.\. auto(?:class|function):: (\w+)$', PAGES['api.md'], re.MULTILINE))
+    assert shown >= set(cmr_layers.__all__) - {'__version__'}
 
 
 def test_files_of_the_layout_exist():
