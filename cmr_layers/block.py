@@ -1,6 +1,6 @@
 """The CMR block: a residual block with CME and TIM in front of its residual branch, and SME at its end (Figure 4).
 
-Type A is CME, TIM and the block; type B is type A with SME. Which one a block is follows from three placements.
+Type A is CME, TIM and the block. Type B is type A with SME. Three placements decide which type a block is.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
@@ -51,7 +51,7 @@ class TemporalBlock(nn.Module):
 
 
 class _BuiltBlock(TemporalBlock):
-    """What the two blocks share: they are timm's block and have temporal layers besides."""
+    """The common part of the two blocks: timm's block with temporal layers."""
     cme_layer: Callable[..., ClipLayer] = CME
     tim_layer: Callable[..., ClipLayer] = TIM
     sme_layer: Callable[..., ClipLayer] = SME
@@ -90,14 +90,14 @@ class _BuiltBlock(TemporalBlock):
 class CMRBlock(_BuiltBlock, Bottleneck):
     """timm's Bottleneck with the temporal layers: CMR-BlockA, or CMR-BlockB where ``sme`` puts an SME at its end.
 
-    The shortcut takes the block's input as it is; CME and TIM sit on the residual branch only. SME sees the block's
-    output after the ReLU, and what it returns is not rectified again (as in the authors' code).
+    CME and TIM sit on the residual branch only, and the shortcut takes the block's input as it is. SME sees the block's
+    output after the ReLU. Its own output is not rectified, as in the authors' code.
 
     Args:
         *args: timm's ``Bottleneck`` arguments (inplanes, planes, stride, downsample, ...), as they are.
         num_frames: Frames T of a clip.
-        cme: 'all', 'first' or 'none': the network's blocks that take a CME. A block knows that it opens a stage by
-            its downsample.
+        cme: The network's blocks that take a CME: 'all', each stage's 'first', or 'none'. A block with a downsample
+            counts as the first of its stage.
         tim: Likewise for TIM.
         sme: Likewise for SME.
         reduction: CME's reduction, r1 = r2 or (r1, r2).
@@ -148,9 +148,9 @@ class CMRBlock(_BuiltBlock, Bottleneck):
 class CMRBasicBlock(_BuiltBlock, BasicBlock):
     """timm's BasicBlock with the temporal layers, the sibling of :class:`CMRBlock` for ResNet-18 and -34.
 
-    Arguments and errors as there. One difference: in timm's ResNet-18 and -34 the first stage opens without a
-    downsample, so a block of that stage can't know that it is the first, and 'first' leaves that stage without the
-    layer. ``cmr_resnet18`` and ``cmr_resnet34`` tell their blocks and have it.
+    Arguments and errors are the same, with one difference. The first stage of timm's ResNet-18 and -34 has no
+    downsample, so its blocks can't know which of them is the first, and 'first' leaves that stage without the layer.
+    ``cmr_resnet18`` and ``cmr_resnet34`` tell their blocks, and have the layer there.
 
     Shapes:
         (B*T, inplanes, H, W) to (B*T, planes, H / stride, W / stride).

@@ -1,8 +1,8 @@
 """The clip axis: how frames become clips and clips become frames.
 
 Inside a network every tensor is (B*T, C, H, W) with the frames of a clip next to each other, "(b t)". A module that
-needs the clip unfolds it for itself with the rule of :func:`clip_shape`. T is called ``num_frames`` throughout
-(TSM calls it n_segment, mmaction2 num_segments).
+needs the clip unfolds it by the rule of :func:`clip_shape`. T is called ``num_frames`` throughout (TSM calls it
+n_segment, mmaction2 num_segments).
 """
 import operator
 from typing import Any, Set, Tuple
@@ -48,7 +48,7 @@ def check_module(name: str, value: Any) -> None:
 def clip_shape(num_images: int, num_frames: int) -> Tuple[int, int]:
     """Split a folded batch into clips.
 
-    Fewer images than one clip are stills: clips of a single frame each. More have to be whole clips.
+    Fewer images than one clip are stills, clips of a single frame each. More images must be whole clips.
 
     Args:
         num_images: Size N of the folded axis of (N, C, H, W).
@@ -97,8 +97,8 @@ def _way_out(x: Any) -> str:
 class OneNode(nn.Module):
     """A module that every tracer of torch.fx records as a node of its own, and does not look into.
 
-    timm's tracer knows such modules by a list (``register_notrace_module``); that of ``torch.fx.symbolic_trace``, those
-    of torchvision and of others do not, and would stop at a question of a tensor's shape.
+    timm's tracer has a list of such modules (``register_notrace_module``). Other tracers, among them
+    ``torch.fx.symbolic_trace`` and torchvision's, don't know that list, and would stop where a tensor's shape is asked.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -128,9 +128,9 @@ class ClipModule(OneNode):
 class ClipLayer(ClipModule):
     """Base of CME, SME and TIM: takes (B*T, C, H, W) or (B, T, C, H, W) and returns the same, memory layout included.
 
-    A subclass writes :meth:`forward_clips` and sees clips (B, T, C, H, W) only, with T = num_frames, or T = 1 when
-    the folded input holds fewer frames than one clip (stills). It may write :meth:`forward_frames` besides, which sees
-    them folded, (B*T, C, H, W), and takes its place everywhere but in TorchScript.
+    A subclass defines :meth:`forward_clips`, which receives clips (B, T, C, H, W) with T = num_frames. T is 1 when the
+    folded input holds fewer frames than one clip (stills). A subclass may also define :meth:`forward_frames`, which
+    receives folded frames (B*T, C, H, W) and is used instead, except in TorchScript.
 
     Args:
         channels: Channels C of the input.
@@ -146,7 +146,7 @@ class ClipLayer(ClipModule):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if 'forward_clips' in vars(cls) and 'forward_frames' not in vars(cls):
-            cls.forward_frames = ClipLayer.forward_frames  # type: ignore[method-assign]  # not that of a base class
+            cls.forward_frames = ClipLayer.forward_frames  # type: ignore[method-assign]  # a base class may have another
 
     def __init__(self, channels: int, num_frames: int) -> None:
         super().__init__(num_frames)
@@ -204,7 +204,7 @@ class ClipLayer(ClipModule):
 class Fold(ClipModule):
     """The door of a video network: (B, T, C, H, W) -> (B*T, C, H, W).
 
-    A folded batch passes through, if it holds whole clips or stills (see :func:`clip_shape`).
+    A folded batch that holds whole clips or stills passes through (see :func:`clip_shape`).
 
     Args:
         num_frames: Frames T of a clip.
@@ -242,7 +242,7 @@ class Fold(ClipModule):
 class Consensus(ClipModule):
     """One prediction for a clip: the mean over its frames, (B*T, K) -> (B, K) (TSN's average consensus).
 
-    Only vectors are averaged. Feature maps, (B*T, C, H, W), pass through and stay one per frame.
+    Only vectors are averaged. Feature maps, (B*T, C, H, W), pass through, one per frame.
 
     Args:
         num_frames: Frames T of a clip; fewer rows than that are stills and stay as they are.
@@ -300,7 +300,7 @@ def set_num_frames(model: nn.Module, num_frames: int) -> nn.Module:
 
 
 def temporal_keys(model: nn.Module) -> Set[str]:
-    """Keys of the state dict that belong to CME, SME or TIM: what an image checkpoint cannot have.
+    """Keys of the state dict that belong to CME, SME or TIM, which no image checkpoint has.
 
     Args:
         model: Any module.

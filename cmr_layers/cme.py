@@ -18,15 +18,15 @@ __all__ = ['CME']
 
 @register_notrace_module
 class CME(ClipLayer):
-    """Gates each frame's channels by what differs in the clip's other frames.
+    """Gates each frame's channels by their difference from the clip's other frames.
 
-    Every frame is pooled to a vector, reduced to a value z and a key k, and takes in the values of the other frames
-    with weights softmax_j(-k_t k_j): the frames that differ most count most. A sigmoid turns the fused vector into
-    one gate in (0, 1) per channel and frame, and the frame is multiplied by its gates.
+    Every frame is pooled to a vector and reduced to a value z and a key k. It takes in the values of the other frames
+    with weights softmax_j(-k_t k_j), so the frames that differ most count most. A sigmoid turns the fused vector into
+    one gate in (0, 1) per channel and frame. The frame is multiplied by its gates.
 
-    The paper leaves open whether the projections have a bias and how they start. As in the authors' code they have
-    none here and start with PyTorch's default, so the gates start near 1/2, not near 1. ``gate_init`` chooses
-    another start, the same for every gate: W3 starts at zero, and any other value than 1/2 takes a bias.
+    The paper does not say whether the projections have a bias, nor how they start. As in the authors' code they have no
+    bias here and start with PyTorch's default, so the gates start near 1/2, not near 1. ``gate_init`` chooses another
+    start for all gates: W3 starts at zero, and any value but 1/2 adds a bias.
 
     Args:
         channels: Channels C of the input.

@@ -1,7 +1,7 @@
 """The CMR-ResNet family, registered with timm: ``timm.create_model('cmr_resnet50', num_frames=8)``.
 
-Each name is timm's ResNet of the same depth with CMR blocks, a fold of the clip axis at the door and the mean over
-the frames at the end. The parameters of the image network keep timm's names.
+Each name is timm's ResNet of the same depth with CMR blocks. It folds the clip axis at the door and averages over the
+frames at the end. The parameters of the image network keep timm's names.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
@@ -57,25 +57,25 @@ class CMRResNet(ResNet):
         block: :class:`CMRBlock` or :class:`CMRBasicBlock`.
         layers: Blocks of each stage.
         num_frames: Frames T of a clip.
-        cme: Blocks with a CME: 'all', each stage's 'first', or 'none' (Table 5). timm drops an argument that is
-            None, so write 'none'.
+        cme: Blocks with a CME: 'all', each stage's 'first', or 'none' (Table 5). Write 'none', not None, since timm
+            drops arguments that are None.
         tim: Likewise for TIM.
         sme: Likewise for SME.
         reduction: CME's reduction, r1 = r2 or (r1, r2) (Table 3).
-        consensus: What the mean over a clip's frames is taken of: 'logits' or 'features' (before the dropout).
+        consensus: 'logits' averages a clip's logits, 'features' the features before the dropout.
         block_args: Further arguments of the block.
         **kwargs: Arguments of timm's ``ResNet``: num_classes, in_chans, drop_rate (dropout before the classifier;
             the authors train with 0.5), output_stride, ...
 
     Shapes:
         (B, T, C, H, W), or (B*T, C, H, W) with the frames of a clip next to each other, to (B, num_classes).
-        Of the folded form, fewer frames than one clip are stills, one prediction each. Feature maps
+        In the folded form, fewer frames than one clip are stills, with one prediction each. Feature maps
         (``forward_features``, ``forward_intermediates``, ``features_only``) are per frame, (B*T, C, H, W).
 
-    A file of your own, say of 7 classes, arrives whole by ``timm.create_model(name, num_classes=7,
-    checkpoint_path=...)``, or by ``pretrained=True, pretrained_cfg_overlay=dict(file=..., num_classes=7)``, which
-    takes files of an image network, too, and adapts to other ``in_chans``. With another ``num_classes`` for the model
-    than in the overlay, the classifier starts anew.
+    There are two ways to load a file of your own, say with 7 classes. ``timm.create_model(name, num_classes=7,
+    checkpoint_path=...)`` takes a file of this family. ``pretrained=True, pretrained_cfg_overlay=dict(file=...,
+    num_classes=7)`` takes files of an image network, too, and adapts to other ``in_chans``. The classifier starts anew
+    if the model's ``num_classes`` differs from the overlay's.
 
     Raises:
         ValueError: A placement or consensus is none of its choices, num_frames or reduction is no positive int, or
@@ -154,7 +154,7 @@ class CMRResNet(ResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """timm's start of the image network, and of the temporal layers what their docstrings say.
+        """Start the image network as timm does, and the temporal layers as their docstrings say.
 
         Args:
             zero_init_last: Start the last batch norm of each residual branch at zero. SME is the identity either way.
@@ -190,7 +190,7 @@ class CMRResNet(ResNet):
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Feature maps (B*T, C, H, W) to logits (B, num_classes), or to what the classifier sees, (B, C)."""
+        """Feature maps (B*T, C, H, W) to logits (B, num_classes), or to the classifier's input, (B, C)."""
         x = self.global_pool(x)
         if self.average_features or pre_logits:
             x = self.consensus(x)
@@ -206,9 +206,9 @@ def check_pretrained(state_dict: Dict[str, Tensor], model: nn.Module, features_o
     """Complete an image network's weights with the temporal layers' start; refuse anything else that differs.
 
     timm loads loosely as soon as num_classes differs from the checkpoint's, and would then keep random weights where
-    a file is wrong. What the checkpoint's num_classes is, timm takes from ``pretrained_cfg``, without a look at the
-    file, and leaves out the classifier if that differs from the model's. Where ``pretrained_cfg`` is right about the
-    file, the classifier is left to timm.
+    a file is wrong. It takes the checkpoint's num_classes from ``pretrained_cfg``, without a look at the file, and
+    leaves out the classifier if that differs from the model's. The classifier is left to timm where ``pretrained_cfg``
+    is right about the file.
 
     Raises:
         ValueError: The classifier in the file has another number of classes than ``pretrained_cfg`` says.

@@ -24,8 +24,8 @@ __all__ = ['SME']
 class SME(ClipLayer):
     """Adds to each frame a convolution of the places that change towards the next frame.
 
-    Where a pixel's features point elsewhere in the next frame the similarity s is low, and x * (1 - s) keeps the
-    moving places only. A dense 1x1 convolution and a batch norm scale that term, and the frame itself is added.
+    The similarity s is low where a pixel's features point elsewhere in the next frame, so x * (1 - s) keeps the moving
+    places only. A dense 1x1 convolution and a batch norm scale that term, and the frame itself is added.
 
     The batch norm starts with weight and bias zero, as in the authors' code, so the layer starts as the identity.
     The convolution starts as there: normal with variance 2 / C (Kaiming, fan-out), a bias with PyTorch's default,

@@ -1,7 +1,7 @@
 """CME, then TIM, then the convolution behind them, as one operator: equations (1) to (6) and TEINet's temporal layer.
 
-Alone each of the three reads and writes its frames. In training the convolution joins the two layers so that what it
-sees need not be kept for the backward pass. :mod:`.plain_cme_tim` and :mod:`.triton_cme_tim` are its two forms.
+Alone each of the three reads and writes its frames. In training the convolution joins the two layers, so that its input
+need not be kept for the backward pass. :mod:`.plain_cme_tim` and :mod:`.triton_cme_tim` are the operator's two forms.
 """
 from typing import Any, NamedTuple, Optional, Sequence, Tuple
 
@@ -98,7 +98,7 @@ def _form(triton: bool) -> Any:
     return triton_cme_tim
 
 
-# The operator: y, then what the backward pass needs, which are pooled vectors, z, k and gates; empty without a CME.
+# The operator returns y, and for the backward pass pooled vectors, z, k and gates, which are empty without a CME.
 
 @operator
 def _cme_tim(
@@ -155,7 +155,7 @@ def _cme_tim_backward(
     with undisturbed(x):
         if weight is not None:
             gy = dense(gy, x)
-            # What the convolution saw is as large as x, and cheap to compute again from gates and taps.
+            # The convolution's input is as large as x, and cheap to compute again from gates and taps.
             u = form.mix(x, num_frames, gated, taps)
             if bias is not None:
                 g_bias = gy.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)

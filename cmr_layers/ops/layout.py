@@ -1,8 +1,8 @@
 """The two layouts that frames have in the operators, and the one way to write the strides of each.
 
 An axis of size 1 may have any stride: PyTorch calls (N, C, L, 1) contiguous, or channels_last, whatever the last
-stride is. Some of its kernels take such a stride at its word all the same, among them the backward pass of its batch
-norm, which then reads a gradient in the wrong order. So nothing here hands on what it was given.
+stride is. Some of its kernels take such a stride at its word all the same. The backward pass of its batch norm is one,
+and then reads a gradient in the wrong order. So nothing here hands on the strides that it was given.
 """
 from typing import List, Optional
 
@@ -15,7 +15,7 @@ __all__ = ['dense', 'is_channels_last', 'like', 'rectify_gradient', 'strides']
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Which of the two layouts frames are in. What is both, as maps of one pixel are, counts as contiguous."""
+    """Which of the two layouts frames are in. Frames in both, such as maps of one pixel, count as contiguous."""
     return not x.is_contiguous()
 
 
@@ -35,7 +35,7 @@ def dense(x: Tensor, like: Optional[Tensor] = None) -> Tensor:
 
     Args:
         x: Frames, (N, C, H, W), or a contiguous tensor of any shape.
-        like: Another tensor; what is in neither layout counts as contiguous.
+        like: Another tensor. One in neither layout counts as contiguous.
     """
     y = x if like is None else like
     last = y.ndim == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)

@@ -3,7 +3,7 @@
 There are three paths, and they compute the same:
 
 - ``'triton'``: operators whose kernels are written in Triton, for CUDA;
-- ``'plain'``: the same operators as PyTorch calls arranged for speed and memory, for CPUs and what Triton leaves;
+- ``'plain'``: the same operators as PyTorch calls arranged for speed and memory, for CPUs and where Triton can't run;
 - ``'reference'``: the equations as :mod:`.reference` has them, differentiated by autograd, for everything else.
 
 Each operation asks :func:`choose` once a call. The answer is an argument of its operator, which saves it for the

@@ -158,7 +158,7 @@ def taps_backward(sums: Tensor, gate: Optional[Tensor], taps: Optional[Tensor]) 
         taps: Taps, (C, 1, K), or None if there is no TIM.
 
     Returns:
-        Gradients of the gates, (N, C), and the taps, (C, 1, K) in their dtype; empty for what is None.
+        Gradients of the gates, (N, C), and of the taps, (C, 1, K) in their dtype. One that is None has an empty one.
     """
     g_gate, g_taps = sums.new_empty(0), sums.new_empty(0)
     if gate is not None:

@@ -65,7 +65,7 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
 
 
 def _matrices(x: Tensor, channels_last: bool) -> Sequence[Tensor]:
-    """Frames as matrices (C, pixels) that share x's memory: some thousand pixels of many frames, or those of each."""
+    """Frames as matrices (C, pixels) that share x's memory: one per frame, or one per thousand and a half pixels."""
     if channels_last:
         pixels = x.permute(0, 2, 3, 1).flatten(0, 2).t()
         return pixels.split(_ROWS, 1) if x.device.type == 'cpu' else [pixels]
@@ -143,7 +143,7 @@ def motion_conv_backward(
         xb, sb, ib, total = xb.to(acc), sb[:, :, :1], ib[:, :, :1], qb.to(acc)
         gs = (total * xb).sum(2, keepdim=True).neg_()
         pairs = gs[:, :-1]
-        pairs[:, -1:] += gs[:, -1:]  # the last frame's similarity is that of the one before
+        pairs[:, -1:] += gs[:, -1:]  # the last frame takes the similarity of the one before
         total.mul_(1 - sb)
         cross = pairs * ib[:, :-1] * ib[:, 1:]  # in this order, or huge features would underflow
         total[:, :-1].addcmul_(xb[:, 1:], cross)

@@ -18,9 +18,9 @@ __all__ = ['clips', 'cme_gate', 'cme', 'tim', 'similarity', 'motion']
 def clips(x: Tensor, num_frames: int) -> Tensor:
     """Frames (B*T, ...) to clips (B, T, ...); the first axis has to hold whole clips."""
     size = [x.shape[0] // num_frames, num_frames] + list(x.shape[1:])
-    # The expand changes nothing but what a tracer knows: to it a split of N leaves N // (N // T) frames, not T, and
-    # with each layer that follows such sizes nest deeper, until compiling for a dynamic batch does not end. It is a
-    # reshape and no unflatten, as the graphs that torch.onnx makes of the latter puzzle onnxruntime.
+    # The expand tells a tracer that T frames are left. To it, a split of N leaves N // (N // T) frames, and such sizes
+    # nest deeper with each layer, until compiling for a dynamic batch does not end. It is a reshape and no unflatten,
+    # since onnxruntime can't read the graphs that torch.onnx makes of an unflatten.
     y: Tensor = x.reshape(size).expand(size)
     return y
 
@@ -107,9 +107,9 @@ def similarity(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if x.shape[1] == 1:
         return torch.ones_like(x[:, :, 0])
-    # The squares of huge features would overflow. A cosine does not depend on the scale, so theirs is taken out; the
-    # others are divided by 1. A sum measures it, as onnxruntime can't tell the shape of a maximum; the factor is there
-    # that the sum does not overflow either.
+    # The squares of huge features would overflow. A cosine does not depend on their scale, so it is taken out. Other
+    # features are divided by 1. A sum measures the scale, as onnxruntime can't tell the shape of a maximum, and the
+    # factor keeps that sum from overflowing.
     size = (x.detach() * 2. ** -16).abs().sum(2, keepdim=True)
     x = x / torch.where(size > 1e10, size, torch.ones_like(size))
     energy = (x * x).sum(2)
@@ -121,7 +121,7 @@ def similarity(x: Tensor) -> Tensor:
 
 
 def motion(x: Tensor) -> Tensor:
-    """The clip weighted by its motion, x * (1 - s): what the convolution of equation (8) sees.
+    """The clip weighted by its motion, x * (1 - s), the input of the convolution in equation (8).
 
     Args:
         x: Clip, (B, T, C, H, W).

@@ -1,4 +1,4 @@
-"""SME as an operator: equation (7), and the convolution of equation (8) of what it weights.
+"""SME as an operator: the similarity of equation (7), and the convolution of equation (8).
 
 :mod:`.plain_sme` and :mod:`.triton_sme` are its two forms.
 """
@@ -21,7 +21,7 @@ Maybe = Optional[Tensor]
 
 
 class Norm(NamedTuple):
-    """A batch norm with running statistics: (C,) each, and what it adds to the variance."""
+    """A batch norm with running statistics: (C,) each, and eps, which it adds to the variance."""
     mean: Maybe
     var: Maybe
     weight: Maybe
@@ -30,7 +30,7 @@ class Norm(NamedTuple):
 
 
 def motion_conv(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, owner: Any = None) -> Tensor:
-    """The 1x1 convolution of equation (8), of frames weighted by their motion: what the batch norm sees in training.
+    """The 1x1 convolution of equation (8) of frames weighted by their motion. In training a batch norm comes next.
 
     Args:
         x: Frames, (N, C, H, W), N = B * T, the frames of a clip next to each other.
@@ -148,7 +148,7 @@ torch.library.register_autograd('cmr_layers::motion_conv', _differentiate, setup
 no_second_derivative('motion_conv_backward')
 
 
-# FLOPs, counted as in cme_tim.py: those of the convolution.
+# FLOPs are counted as in cme_tim.py: only the convolution has any.
 
 @register_flop_formula(torch.ops.cmr_layers.motion_conv)
 def _flops(x: Any, num_frames: int, weight: Any, *rest: Any, **kwargs: Any) -> int:

@@ -1,7 +1,7 @@
 """CME and TIM as Triton kernels: pool, project, gate, and one pass over the frames that gates and mixes them.
 
-A clip is read twice and written once. Between the two reads stand two launches on vectors: a single kernel for the
-whole vector path would stream the weights of a wide block through one multiprocessor.
+A clip is read twice and written once. Two launches on vectors stand between the two reads. A single kernel for both
+would stream the weights of a wide block through one multiprocessor.
 
 Frames are folded, row n = b * T + t, and lie in memory as (N, C, P) or (N, P, C), P = H * W. All sums are float32.
 """
@@ -218,7 +218,7 @@ def _correlate_kernel(
 ):
     """What the gradients of gates and taps are made of: sums over the pixels of x_t g_{t+1}, x_t g_t and x_t g_{t-1}.
 
-    The order is that of the taps: tap k of frame t - k + 1 met frame t.
+    They are in the order of the taps: tap k of frame t - k + 1 met frame t.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     chunks = tl.cdiv(T, FRAMES)

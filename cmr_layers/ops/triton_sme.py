@@ -105,7 +105,7 @@ def _motion_kernel(
         BLOCK_K: tl.constexpr,                          # input channels
         GROUP: tl.constexpr,                            # blocks of pixels that share the weight's blocks in the cache
 ):
-    """Equation (8) with the batch norm folded, or what is before it: (1 - s) W x [+ bias] [+ x]."""
+    """Equation (8) up to the batch norm, or with a folded one: (1 - s) W x [+ bias] [+ x]."""
     blocks_m, blocks_n = tl.cdiv(P, BLOCK_M), tl.cdiv(C, BLOCK_N)
     pid = tl.program_id(0) % (blocks_m * blocks_n)
     group = pid // (GROUP * blocks_n) * GROUP
@@ -186,7 +186,7 @@ def _unmotion_kernel(
         BLOCK_P: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
-    """The gradient of the clip: (1 - s) q, and what s passes on to the two frames of each pair."""
+    """The gradient of the clip: (1 - s) q, and the gradient through s, which goes to both frames of a pair."""
     blocks_c, blocks_p, chunks = tl.cdiv(C, BLOCK_C), tl.cdiv(P, BLOCK_P), tl.cdiv(T, FRAMES)
     pid = tl.program_id(0)
     c = (pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -275,28 +275,23 @@ def motion_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, weight: Tensor, s: Tensor, inverse_norm: Tensor, learns: bool = True,
 ) -> Tuple[Tensor, Tensor]:
     """As :func:`.plain_sme.motion_conv_backward`. A library multiplies the matrices."""
+    s, inverse_norm = s.contiguous(), inverse_norm.contiguous()
     convolution = torch.ops.aten.convolution_backward
     unit: Tuple[Any, ...] = ([1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    q = convolution(gy, x, weight.to(x.dtype), None, *unit, [True, False, False])[0]
-    gx, m = _gradient(like(q, x), x, num_frames, s.contiguous(), inverse_norm.contiguous())
+    q = like(convolution(gy, x, weight.to(x.dtype), None, *unit, [True, False, False])[0], x)
+
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
+    meta = _launch('product', x)
+    grid: Any = (x.shape[0] * triton.cdiv(pixels, meta['BLOCK_P']),)
+    _product_kernel[grid](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
+    meta = _launch('unmotion', x)
+    frames = min(meta.pop('FRAMES'), num_frames)
+    blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
+    grid = (x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * blocks,)
+    _unmotion_kernel[grid](
+        x, q, s, inverse_norm, gs, gx, num_frames, channels, pixels, *strides(x), FRAMES=frames, **meta)
     if not learns:
         return gx, x.new_empty(0)
     g_weight = convolution(gy, m, weight.to(x.dtype), None, *unit, [False, True, False])[1]
     return gx, g_weight.to(weight.dtype).contiguous()
-
-
-def _gradient(
-        q: Tensor, x: Tensor, num_frames: int, s: Tensor, inverse_norm: Tensor,
-) -> Tuple[Tensor, Tensor]:
-    """Gradient of the clip given that of x (1 - s), q, and x (1 - s) itself: (gx, m), both like x."""
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
-    meta = _launch('product', x)
-    _product_kernel[(n * triton.cdiv(pixels, meta['BLOCK_P']),)](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
-    meta = _launch('unmotion', x)
-    frames = min(meta.pop('FRAMES'), num_frames)
-    blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
-    grid = (n // num_frames * triton.cdiv(num_frames, frames) * blocks,)
-    _unmotion_kernel[grid](
-        x, q, s, inverse_norm, gs, gx, num_frames, channels, pixels, *strides(x), FRAMES=frames, **meta)
-    return gx, m
