@@ -1,4 +1,4 @@
-"""The README and the pages as a user meets them: their code runs as printed, their tables are the committed results."""
+"""The README and the pages as a user meets them: their code runs as printed, their links lead somewhere."""
 import importlib.util
 import json
 import re
@@ -9,7 +9,6 @@ import pytest
 import timm
 
 import cmr_layers
-from benchmarks import flops, timm_suite
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text()
@@ -18,10 +17,6 @@ PAGES = {page.name: page.read_text() for page in sorted((ROOT / 'docs').glob('*.
 
 def snippets(text):
     return re.findall(r'```python\n(.*?)```', text, re.DOTALL)
-
-
-def between(name, text):
-    return re.search(rf'<!-- {name} -->\n?(.*?)\n?<!-- /{name} -->', text, re.DOTALL).group(1)
 
 
 @pytest.fixture
@@ -92,24 +87,8 @@ def test_files_of_the_layout_exist():
     assert package - set(files) == {'cmr_layers/__init__.py', 'cmr_layers/version.py'}
 
 
-def test_tables_are_the_committed_counts():
-    results = json.loads((ROOT / 'benchmarks/results/flops.json').read_text())
-    assert between('flops', PAGES['paper.md']) == flops.render(results)
-
-
-def test_committed_counts_are_what_the_code_gives():
-    results = json.loads((ROOT / 'benchmarks/results/flops.json').read_text())
-    assert flops.count(flops.build(), 8) == pytest.approx(results['table 1']['8 frames'])
-    assert results['table 1']['8 frames']['gmacs'] == pytest.approx(39.46, abs=.01)  # peers' own count
-
-
-def test_timm_suite_is_the_committed_result():
+def test_the_version_of_timm_is_the_one_that_was_tested():
     results = json.loads((ROOT / 'benchmarks/results/timm_suite.json').read_text())
-    family = set(timm.list_models('cmr_*', module='cmr_resnet'))
-    assert set(results['outcomes']) == family
-    assert all(set(tests) == timm_suite.TESTS for tests in results['outcomes'].values())
-    assert {outcome for tests in results['outcomes'].values() for outcome in tests.values()} == {'passed'}
-    assert between('timm-suite', PAGES['testing.md']) == f'{results["passed"]} of {results["wanted"]} tests'
     assert f'timm {results["versions"]["timm"]}' in PAGES['testing.md']
 
 
@@ -117,8 +96,3 @@ def test_ci_runs_the_printed_test_command():
     command = re.search(r'<!-- command: test -->\n```sh\n(.*?)\n```', README, re.DOTALL).group(1)
     assert 'pytest' in command and '\n' not in command
     assert '<!-- command: test -->' in (ROOT / '.ci/run').read_text()
-
-
-def test_committed_results_name_no_path_of_a_machine():
-    for path in (ROOT / 'benchmarks/results').glob('*.json'):
-        assert not re.search(r'["\s=]/\w', path.read_text()), path
