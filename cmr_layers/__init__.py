@@ -1,6 +1,6 @@
 """Motion for 2D image networks: the layers of `Learning Comprehensive Motion Representation for Action Recognition`.
 
-Importing the package registers the ``cmr_resnet`` family with timm.
+``import cmr_layers`` registers the ``cmr_resnet`` family with timm.
 """
 from .attach import restore
 from .block import CMRBasicBlock, CMRBlock

@@ -1,14 +1,14 @@
-"""How temporal layers get into a network that somebody else built, and out again.
+"""Put temporal layers into a network that somebody else built, and take them out again.
 
-A layer is a child of a module of the network, so that its parameters train, move and save with it, and no module is
-renamed. What runs it is one of two things:
+A layer is a child of a module of the network. Its parameters train, move and save with the network, and no module is
+renamed. One of two things runs the layer:
 
-- **The block's own forward**, where the block is one we know line by line (timm's and torchvision's ResNets): the block
-  becomes one of ours, with the same parts. The layers belong to the block, so whatever takes the place of a part of it
-  (an adapter, a fused or a quantized convolution) is run with them, and TorchScript, FX and exporters see them.
-- **The module they stand at**, everywhere else: a host (:mod:`.hosts`), with a guard that finds out when a tool takes
-  it away. A wrapper module in its place would be seen by more tools, but it renames parameters. Renaming them back in
-  the state dict alone makes two names of one parameter, and functions that take one for the other
+- **The forward of the block**, if we know the block line by line (timm's and torchvision's ResNets). The block becomes
+  one of ours and keeps its parts. The layers belong to the block. They still run after a part was replaced (by an
+  adapter, a fused or a quantized convolution), and TorchScript, FX and exporters see them.
+- **The module they stand at**, everywhere else. It becomes a host (:mod:`.hosts`), and a guard notices when a tool
+  takes it away. More tools would see a wrapper module, but a wrapper renames parameters. Renaming them back in the
+  state dict alone would give one parameter two names, and functions that mix the two up
   (``torch.func.functional_call``) then ignore weights without a word.
 """
 from contextlib import contextmanager
@@ -31,29 +31,29 @@ __all__ = [
     'is_known', 'no_image_network', 'put', 'put_in_block', 'restore',
 ]
 
-# Blocks whose forward is known, and what they become.
+# Blocks whose forward we know, and the classes that they become.
 _BLOCKS: Dict[Type[nn.Module], Type[nn.Module]] = {
     BasicBlock: CMRBasicBlock,
     Bottleneck: CMRBlock,
     torchvision_resnet.BasicBlock: torchvision_block.CMRBasicBlock,
     torchvision_resnet.Bottleneck: torchvision_block.CMRBottleneck,
 }
-_ADOPTED = 'was_adopted'  # attribute of what is one of ours for as long as the layers stay: blocks and drops
+_ADOPTED = 'was_adopted'  # marks blocks and drops that are ours only as long as the layers stay
 
-# timm's savers write a name of what was changed here that its loaders refuse, instead of the image network's.
+# timm's savers write this name for a changed network, not the name of the image network. Its loaders refuse it.
 _CHANGED = ' made a video network; save it with cmr_layers.save_model() and load it with load_model()'
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """One layer that was put in.
+    """One layer that was inserted.
 
     Attributes:
         kind: Class of the layer, 'CME', 'SME' or 'TIM'.
-        name: Where it lives in the network, as in ``named_modules()`` and the state dict.
+        name: Its name in the network, as in ``named_modules()`` and the state dict.
         where: 'before' or 'after'.
         at: Name of the module that it acts before or after.
-        channels: Channels C that it found there.
+        channels: Channels C at that place.
         num_parameters: Parameters that it adds.
     """
     kind: str
@@ -66,7 +66,7 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`insert` or :func:`retrofit` did; print it."""
+    """The layers that :func:`insert` or :func:`retrofit` inserted. Print it to read them."""
     model: str
     num_frames: int
     insertions: List[Insertion] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Report:
 
 
 def check_network(model: Any) -> None:
-    """Raise a TypeError if layers can't be put in model: a compiled graph would not know of them."""
+    """Raise a TypeError if model can't take layers: a compiled graph would not run them."""
     check_module('model', model)
     if any(hasattr(m, '_orig_mod') or m._compiled_call_impl is not None for m in model.modules()):
         raise TypeError('model must be the network itself, got what torch.compile made of it; compile it afterwards')
@@ -96,9 +96,9 @@ def check_network(model: Any) -> None:
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undo every change of the module tree if it does not come to its end, be it by an error or by Ctrl-C.
+    """Undo every change of the module tree if the block ends by an error or by Ctrl-C.
 
-    Parameters that are made meanwhile can be trained, also in PyTorch's inference mode.
+    Parameters that are made in the block can be trained, even if PyTorch's inference mode is on around it.
     """
     before = [
         (module, type(module), {key: dict(value) if isinstance(value, dict) else value
@@ -119,7 +119,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
                 del now[key]
             for key, value in attributes.items():
                 if isinstance(value, dict) and isinstance(now.get(key), dict):
-                    now[key].clear()  # the same dictionary: handles of hooks know it
+                    now[key].clear()  # keep the dictionary: handles of hooks point to it
                     now[key].update(value)
                 else:
                     now[key] = value
@@ -127,17 +127,17 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
 
 def is_known(block: nn.Module) -> bool:
-    """Whether a block is one whose forward is known, and nobody replaced it."""
+    """Whether we know the forward of a block, and nobody replaced it."""
     return type(block) in _BLOCKS and 'forward' not in vars(block)
 
 
 def is_adopted(block: nn.Module) -> bool:
-    """Whether a block of somebody else's became one of ours."""
+    """Whether a block, or a drop, of another package became one of ours."""
     return _ADOPTED in vars(block)
 
 
 def put_in_block(model: nn.Module, name: str, entry: str, layers: Dict[str, ClipLayer]) -> List[Insertion]:
-    """Give a residual block layers, some of 'cme', 'tim' and 'sme': the first two before its child ``entry``."""
+    """Give a residual block some of 'cme', 'tim' and 'sme'. The first two go before its child ``entry``."""
     block = model.get_submodule(name)
     places = {'cme': (f'{name}.{entry}', 'before'), 'tim': (f'{name}.{entry}', 'before'), 'sme': (name, 'after')}
     if not is_known(block):
@@ -150,7 +150,7 @@ def put_in_block(model: nn.Module, name: str, entry: str, layers: Dict[str, Clip
 
 
 def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: str) -> Insertion:
-    """Make layer a child of the module owner_name, and the module at run it before or after itself."""
+    """Make layer a child of the module ``owner_name``, and let the module ``at`` run it before or after itself."""
     target, owner = model.get_submodule(at), model.get_submodule(owner_name)
     kind = type(layer).__name__.lower()
     own, n = kind, 1
@@ -176,7 +176,7 @@ def attach(model: nn.Module, layer: ClipLayer, at: str, where: str, owner_name: 
 
 
 def put(model: nn.Module, place: Place) -> None:
-    """Make a host of the module at a place, or give it another one, and have the guard of the network know it."""
+    """Make the module at a place a host, or give the host this place, and tell the guard of the network."""
     guard = Guard.of(model)
     if guard is None:
         guard = Guard()
@@ -191,7 +191,8 @@ def _insertion(layer: ClipLayer, name: str, at: str, where: str) -> Insertion:
 
 
 def finish(model: nn.Module, num_frames: int) -> None:
-    """What a network needs once it has layers: drops per clip, and a name that timm does not take for the image's."""
+    """Finish a network that got layers: drops once per clip, and a name that timm does not take for the image network.
+    """
     for drop in share_drops(model, num_frames):
         setattr(drop, _ADOPTED, True)
     for module in model.modules():
@@ -200,13 +201,13 @@ def finish(model: nn.Module, num_frames: int) -> None:
 
 
 def no_image_network(cfg: Any) -> Any:
-    """timm's description of a network with the name of one that timm can't build, and so won't load without a word."""
+    """timm's description of a network, with a name that timm can't build. It is refused, not loaded without layers."""
     name = cfg.get('architecture') if isinstance(cfg, dict) else None
     return cfg if name is None or name.endswith(_CHANGED) else {**cfg, 'architecture': name + _CHANGED}
 
 
 def image_network(cfg: Any) -> Any:
-    """The description that :func:`no_image_network` was given."""
+    """The description of the image network: undoes :func:`no_image_network`."""
     name = cfg.get('architecture') if isinstance(cfg, dict) else None
     return cfg if name is None else {**cfg, 'architecture': name.removesuffix(_CHANGED)}
 
@@ -218,21 +219,20 @@ def _describe(module: Any, cfg: Any) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Take out all that :func:`insert` and :func:`retrofit` put in: the original network, bit for bit.
+    """Take out all layers that :func:`insert` and :func:`retrofit` put in. The original network is left, bit for bit.
 
-    What somebody else changed since stays changed: a fused or quantized module, an adapter. An interrupted call leaves
-    the network as it was.
+    Changes by others stay: a fused or quantized module, an adapter. An interrupted call leaves the network as it was.
 
     Args:
-        model: The network that was passed to them, a copy of it, or any module with such layers in it. Of a part of a
-            network, pass the whole network afterwards, which misses what is gone.
+        model: The network that was passed to them, a copy of it, or any module that holds such layers. After you
+            restored a part of a network, pass the whole network too: its guard misses the layers that are gone.
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: Nothing was inserted in it, a layer is held by a module outside of it, or the class or the forward
-            of a module was changed since.
+        ValueError: Nothing was inserted, a module outside of model holds a layer, or the class or the forward of a
+            module has changed since.
         TypeError: model is no module.
 
     Example:
@@ -254,7 +254,7 @@ def restore(model: nn.Module) -> nn.Module:
             raise ValueError(
                 f'{type(block).__name__} must be the block that retrofit() made of it to be restored: undo first what '
                 f'changed its class or its forward since (fully_shard, accelerate)')
-    # the layers that run, and those that a guard remembers and nothing runs any more
+    # layers that run, and layers that only a guard remembers
     running = [item for host_ in hosts for item in host_._cmr_place.layers.items()]
     outside = [name for name, layer in running if layer not in modules]
     if outside and not guards:

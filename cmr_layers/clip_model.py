@@ -1,4 +1,4 @@
-"""A video classifier made of an image classifier."""
+"""Turn an image classifier into a video classifier."""
 import re
 from typing import Any, Callable, Dict, Set
 
@@ -14,29 +14,29 @@ __all__ = ['ClipModel']
 
 
 class ClipModel(nn.Module):
-    """A video classifier made of an image classifier: fold, run every frame, average the clip's frames.
+    """A video classifier made of an image classifier: it folds clips, runs every frame and averages per clip.
 
-    What :func:`retrofit` and :func:`insert` leave is a network that still maps (B*T, C, H, W) frames to one output
-    each. This wrapper gives it the interface of the ``cmr_resnet`` family, and passes on what timm's tools ask a
-    network for, where the network has it: ``forward_features``, ``forward_intermediates`` and ``forward_head``,
-    ``get_classifier`` and ``reset_classifier``, ``set_grad_checkpointing``, ``group_matcher`` and ``no_weight_decay``
-    (with the names of this wrapper), ``num_classes``, ``num_features``, ``feature_info``, ``pretrained_cfg`` and so
-    on. :func:`save_model` saves it.
+    A network that :func:`retrofit` or :func:`insert` changed still maps frames (B*T, C, H, W) to one output each. This
+    wrapper gives it the interface of the ``cmr_resnet`` family. It passes on the following, if the network has it, so
+    that timm's tools work: ``forward_features``, ``forward_intermediates`` and ``forward_head``, ``get_classifier`` and
+    ``reset_classifier``, ``set_grad_checkpointing``, ``group_matcher`` and ``no_weight_decay`` (with the names of this
+    wrapper), ``num_classes``, ``num_features``, ``feature_info``, ``pretrained_cfg`` and so on. :func:`save_model`
+    saves the wrapper.
 
     Args:
-        model: Network from (B*T, C, H, W) to logits or features (B*T, K), or to a transformers output with
-            ``logits``. The wrapper is in the mode, training or eval, that it is in.
+        model: Network from (B*T, C, H, W) to logits or features (B*T, K), or to a transformers output with ``logits``.
+            The wrapper takes over its mode, training or eval.
         num_frames: Frames T of a clip.
 
     Shapes:
         (B, T, C, H, W), or (B*T, C, H, W) by the rule of :func:`clip_shape`, to (B, K).
 
     Raises:
-        ValueError: num_frames is no positive int, or not that of the layers in the model; at call time, not the
-            clip's number of frames.
+        ValueError: num_frames is no positive int, or the layers of the model have another one. At call time: the clip
+            has another number of frames.
         RuntimeError: A layer of the model is not at its place any more (see :func:`insert`).
-        TypeError: model is no module, or takes clips itself, as the ``cmr_resnet`` family does; at call time, it
-            returned something that is not a tensor (B*T, K).
+        TypeError: model is no module, or takes clips itself, as the ``cmr_resnet`` family does. At call time: it
+            did not return a tensor (B*T, K).
 
     Example:
         >>> import timm
@@ -55,7 +55,7 @@ class ClipModel(nn.Module):
         self.fold = Fold(num_frames)
         self.model = model
         self.consensus = Consensus(num_frames)
-        # not self.train(): the modules of the model may be in different modes
+        # not self.train(): the modules of the model may differ in mode
         self.training = model.training
         self.fold.train(self.training)
         self.consensus.train(self.training)
@@ -82,7 +82,7 @@ class ClipModel(nn.Module):
         x = self.fold(x)
         frames = self.model(x)
         if not torch.jit.is_scripting():
-            if isinstance(frames, Proxy):  # which has no shape to check
+            if isinstance(frames, Proxy):  # a proxy has no shape to check
                 return self.consensus(frames)  # type: ignore[no-any-return]
             frames = getattr(frames, 'logits', frames)
         if not isinstance(frames, Tensor) or frames.ndim != 2 or frames.shape[0] != x.shape[0]:
@@ -92,39 +92,39 @@ class ClipModel(nn.Module):
         return y
 
 
-# What timm's tools ask a network for. Each is a property, so that a wrapper has just what its network has.
+# The attributes that timm's tools ask for. Each is a property: the wrapper has it only if its network does.
 
 def _pass_on(wrapper: ClipModel, name: str) -> Any:
     return getattr(wrapper.model, name)
 
 
 def _features(wrapper: ClipModel, name: str) -> Callable[..., Any]:
-    """A method of the network that takes frames, and takes clips here."""
+    """A method that takes frames in the network, and clips in the wrapper."""
     method = getattr(wrapper.model, name)
 
     def features(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         wrapper._check_layers()
         if not torch.compiler.is_compiling():
-            check_layers(wrapper.model)  # the network's own check is in its forward(), which is not run
+            check_layers(wrapper.model)  # the network checks in its forward(), which does not run here
         return method(wrapper.fold(x), *args, **kwargs)
 
     return features
 
 
 def _head(wrapper: ClipModel, name: str) -> Callable[..., Any]:
-    """A method of the network that gives a vector per frame, and one per clip here."""
+    """A method that returns one vector per frame in the network, and one per clip in the wrapper."""
     method = getattr(wrapper.model, name)
     return lambda x, *args, **kwargs: wrapper.consensus(method(x, *args, **kwargs))
 
 
 def _group_matcher(wrapper: ClipModel, name: str) -> Callable[..., Any]:
-    """timm's regular expressions, or a function, for the names of parameters, which begin with 'model.' here."""
+    """timm's regular expressions, or its function, for parameter names. The wrapper's names begin with 'model.'."""
     matcher = getattr(wrapper.model, name)
 
     def renamed(pattern: Any) -> Any:
-        if isinstance(pattern, (list, tuple)):  # of (pattern, suffix)
+        if isinstance(pattern, (list, tuple)):  # pairs (pattern, suffix)
             return [(renamed(p), suffix) for p, suffix in pattern]
-        # timm matches at the beginning, anchored or not
+        # timm matches from the start of a name, with or without an anchor
         return pattern if pattern is None else r'^model\.(?:' + re.sub(r'(?<![\[\\])\^', '', pattern) + ')'
 
     def group_matcher(coarse: bool = False) -> Any:
@@ -142,8 +142,11 @@ def _no_weight_decay(wrapper: ClipModel, name: str) -> Callable[[], Set[str]]:
 
 
 def _pretrained_cfg(wrapper: ClipModel, name: str) -> Any:
-    """timm's description of the network, but for names: that by which timm would build it without this wrapper, and
-    those of its first and last layers, which begin with 'model.' here."""
+    """timm's description of the network, with other names.
+
+    The name of the architecture is one that timm can't build, as it would build the network without this wrapper. The
+    names of the first and last layers begin with 'model.'.
+    """
     cfg = no_image_network(getattr(wrapper.model, name))
     if not isinstance(cfg, dict):
         return cfg
@@ -168,7 +171,7 @@ _PASSED_ON: Dict[Callable[[ClipModel, str], Any], str] = {
 
 
 def _property(get: Callable[[ClipModel, str], Any], name: str) -> property:
-    return property(lambda wrapper: get(wrapper, name), doc=f"The network's ``{name}``.")
+    return property(lambda wrapper: get(wrapper, name), doc=f'``{name}`` of the network.')
 
 
 _NAMES = {name: get for get, names in _PASSED_ON.items() for name in names.split()}

@@ -1,7 +1,7 @@
-"""Stochastic depth and DropBlock, drawn once a clip.
+"""Stochastic depth and DropBlock, drawn once per clip.
 
-Both drop parts of single samples while a network trains. To an image network each frame is a sample of its own: a frame
-that loses a branch its neighbours keep looks like motion to SME, and like a difference to CME.
+Both drop parts of single samples while a network trains. An image network takes each frame as a sample. A frame could
+lose a branch that its neighbours keep, which looks like motion to SME and like a difference to CME.
 """
 import re
 from typing import ClassVar, List
@@ -14,29 +14,29 @@ from .clip import ClipModule, clip_shape, unfold
 
 __all__ = ['ClipDrop', 'share_drops']
 
-# Names of what draws once a sample in timm, torchvision and transformers: DropPath, ConvNextDropPath, DropBlock2d, ...
+# Modules of timm, torchvision and transformers that draw once per sample: DropPath, ConvNextDropPath, DropBlock2d, ...
 _DROPS = re.compile(r'.*(DropPath|StochasticDepth|DropBlock(2d)?)')
 
 
 def _rate(name: str) -> property:
-    """The rate of the module in a ClipDrop, so that a schedule which sets it reaches it."""
+    """The rate of the wrapped module, which a schedule can set through the wrapper."""
     return property(lambda shared: getattr(shared.drop, name), lambda shared, rate: setattr(shared.drop, name, rate))
 
 
 @register_notrace_module
 class ClipDrop(ClipModule):
-    """What another module drops of a clip's first frame, dropped of all its frames.
+    """Applies the mask that another module draws for a clip's first frame to all frames of the clip.
 
     Args:
-        drop: A module that multiplies its input by a random mask while it trains: timm's ``DropPath`` or
-            ``DropBlock2d``, torchvision's ``StochasticDepth``, transformers' ``...DropPath``.
+        drop: A module that multiplies its input by a random mask in training: timm's ``DropPath`` or ``DropBlock2d``,
+            torchvision's ``StochasticDepth``, transformers' ``...DropPath``.
         num_frames: Frames T of a clip.
 
     Shapes:
         (B*T, ...) to the same.
 
     Raises:
-        ValueError: drop adds noise, which is no mask; at call time, no whole number of clips.
+        ValueError: drop adds noise, which is no mask. At call time: the input holds no whole number of clips.
 
     Example:
         >>> import torch
@@ -63,8 +63,8 @@ class ClipDrop(ClipModule):
         y = (clips * mask.unsqueeze(1)).flatten(0, 1)
         return y
 
-    drop_prob = _rate('drop_prob')  # timm's and transformers' name of it
-    p = _rate('p')  # torchvision's
+    drop_prob = _rate('drop_prob')  # the name in timm and transformers
+    p = _rate('p')  # the name in torchvision
     __jit_unused_properties__: ClassVar[List[str]] = ['drop_prob', 'p']
 
     def extra_repr(self) -> str:
@@ -72,12 +72,12 @@ class ClipDrop(ClipModule):
 
 
 def _is_drop(module: nn.Module) -> bool:
-    # what has children or weights does more than multiply by a mask
+    # a module with children or weights does more than multiply by a mask
     return bool(_DROPS.fullmatch(type(module).__name__)) and not (module._modules or module._parameters)
 
 
 def share_drops(module: nn.Module, num_frames: int) -> List[ClipDrop]:
-    """Make all that a module drops be drawn once a clip, in place; what took the place of its drops."""
+    """Draw all drops of a module once per clip, in place. Returns the modules that replace its drops."""
     made = []
     for parent in list(module.modules()):
         for name, child in parent._modules.items():

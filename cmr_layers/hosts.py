@@ -1,12 +1,12 @@
-"""Modules of somebody else's that run temporal layers before or after themselves, and the guard that watches them.
+"""Modules of another network that run temporal layers before or after themselves, and the guard that watches them.
 
-A host is the module that was there, with its parts, its parameters and their names; only its class is one of ours
-besides, as PyTorch's own ``parametrize`` and ``fully_shard`` do it. A forward hook would do the same with less, but
-``torch.compile`` does not look at hooks when it decides whether a graph that it compiled for another network of the
-same classes may be used again; it then leaves the layers out without a word. A class it looks at.
+A host is the module that was there, with its parts, its parameters and their names. Only its class changes: it inherits
+from :class:`Host` and from the class that it had. PyTorch's ``parametrize`` and ``fully_shard`` do the same. A forward
+hook would be simpler, but ``torch.compile`` ignores hooks when it decides whether it can reuse a graph compiled for
+another network of the same classes. It would leave the layers out without a word. It does check classes.
 
-What replaces, wraps, copies or fuses a host takes its layers along, drops them or doubles them, and no such tool says
-so. So the network remembers its hosts, and refuses to run or to be saved when one of them is not at its place.
+A tool that replaces, wraps, copies or fuses a host keeps, drops or doubles its layers, and says nothing. The network
+therefore remembers its hosts. It refuses to run or to be saved if a host is not at its place.
 """
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple, Type
@@ -21,21 +21,21 @@ from .cme_tim import run
 
 __all__ = ['Guard', 'Host', 'Place', 'check_layers', 'host', 'unhost']
 
-# What PyTorch wraps around a module without changing what it computes: torch.compile, activation checkpointing, FSDP,
-# DDP. Anybody else's wrapper may do with what is in it what it likes.
+# Children of PyTorch's wrappers that do not change what a module computes: torch.compile, activation checkpointing,
+# FSDP, DDP. Wrappers of other packages may compute anything.
 _WRAPPERS = ('_orig_mod', '_checkpoint_wrapped_module', '_fsdp_wrapped_module', 'module')
 
 
-@dataclass(frozen=True, eq=False)  # no tuple: torch.export takes tuples apart, and puts others in their place
+@dataclass(frozen=True, eq=False)  # no tuple: torch.export rebuilds tuples, and the place must stay the same object
 class Place:
-    """What a host runs besides itself.
+    """The layers that a host runs.
 
     Attributes:
         at: Name of the host in the network.
-        before: Layers that its input goes through first.
-        after: Layers that its output goes through.
-        before_names: Their names in the network.
-        after_names: Likewise.
+        before: Layers that run on its input.
+        after: Layers that run on its output.
+        before_names: Names of the layers in ``before``, in the network.
+        after_names: Names of the layers in ``after``.
     """
     at: str
     before: Tuple[nn.Module, ...] = ()
@@ -49,9 +49,9 @@ class Place:
 
 
 class Host(nn.Module):
-    """The class of a host besides its own; see :func:`host`."""
-    # names that no module of somebody else's has
-    _cmr_place = Place('')  # of an instance that somebody makes with the class of a host: it runs no layers
+    """Base class of every host, beside the class that it had; see :func:`host`."""
+    # the names are unlikely in a module of another package
+    _cmr_place = Place('')  # an instance that somebody makes with the class of a host runs no layers
     _cmr_class: Type[nn.Module]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ class Host(nn.Module):
         try:
             y = super().forward(*args, **kwargs)
         except fx.proxy.TraceError as error:
-            # torch.fx takes modules of torch.nn for one node each, but then it would not see the layers of this one
+            # torch.fx records a module of torch.nn as one node, but then it would not see the layers of this one
             raise TypeError(
                 f'torch.fx must look into {place.at}, since {", ".join(place.layers)} runs there, and it cannot look '
                 f'into a {type(self).__name__}: insert the layer at a convolution, an activation or a block instead, '
@@ -88,23 +88,23 @@ class Host(nn.Module):
             f'torch.jit.trace, torch.export or torch.compile, or restore(model) first')
 
 
-_CLASSES: Dict[Type[nn.Module], Type[Host]] = {}  # of each class of modules, its hosts'
+_CLASSES: Dict[Type[nn.Module], Type[Host]] = {}  # the host class of each class of modules
 
 
 def _host_class(kind: Type[nn.Module]) -> Type[Host]:
-    if kind not in _CLASSES:  # setdefault, as another thread may be here, too
+    if kind not in _CLASSES:  # setdefault below: another thread may be here as well
         _CLASSES.setdefault(kind, type(kind.__name__, (Host, kind), {'__module__': __name__, '_cmr_class': kind}))
     return _CLASSES[kind]
 
 
 def _bare(kind: Type[nn.Module]) -> Host:
-    """An empty host; its state is set by whoever copies or unpickles it."""
+    """An empty host. copy and pickle set its state afterwards."""
     made = _host_class(kind)
     return made.__new__(made)
 
 
 def host(module: nn.Module, place: Place) -> None:
-    """Make a host of a module, or give one another place."""
+    """Make a module a host, or give a host another place."""
     if not isinstance(module, Host):
         if 'forward' in vars(module) or isinstance(module, fx.GraphModule):
             raise ValueError(
@@ -119,10 +119,10 @@ def host(module: nn.Module, place: Place) -> None:
 
 
 def unhost(module: Host) -> None:
-    """Make of a host what it was.
+    """Make a host the module that it was.
 
     Raises:
-        ValueError: Its class was changed since, which can't be taken back for whoever did it.
+        ValueError: Its class or its forward has changed since. Only the one who changed it can undo that.
     """
     kind = type(module)._cmr_class
     if type(module) is not _host_class(kind) or 'forward' in vars(module):
@@ -131,20 +131,20 @@ def unhost(module: Host) -> None:
             f'{place.at} must be a {kind.__name__} that runs {", ".join(place.layers)} to be restored, got a '
             f'{type(module).__name__}: undo first what changed its class or its forward since (parametrize, '
             f'fully_shard, accelerate)')
-    vars(module).pop('_cmr_place', None)  # what an adapter made of the class has none
+    vars(module).pop('_cmr_place', None)  # a module that an adapter made from the class has none
     module.__class__ = kind  # type: ignore[assignment]
 
 
 class Guard:
-    """Hook of a network that runs with it, and when it is saved: are all hosts at their places?"""
+    """Hook that checks whether all hosts are at their places. It runs with the network, and when that is saved."""
 
     def __init__(self) -> None:
         self.places: List[Place] = []
-        self.keys: List[int] = []  # of the hook, in the network's dictionaries of them
+        self.keys: List[int] = []  # keys of the hook in the network's dictionaries of hooks
 
     @classmethod
     def of(cls, model: nn.Module) -> Optional['Guard']:
-        """The guard of a network, if it has one."""
+        """The guard of a network, or None."""
         return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, cls)), None)
 
     def register(self, model: nn.Module) -> None:
@@ -158,7 +158,7 @@ class Guard:
                 del hooks[key]
 
     def __setstate__(self, state: Dict[str, Any]) -> None:
-        # A new process counts hooks from 0 again and would in time give this key to another one, which replaces it.
+        # A new process counts hooks from 0 again. In time it would give this key to a hook that replaces the guard.
         self.__dict__.update(state)
         RemovableHandle.next_id = max(RemovableHandle.next_id, *(key + 1 for key in self.keys))
 
@@ -166,12 +166,12 @@ class Guard:
         self.check(model)
 
     def check(self, model: nn.Module) -> None:
-        """Raise a RuntimeError if a layer is not run exactly once, at its place."""
+        """Raise a RuntimeError if a layer does not run exactly once, at its place."""
         for place in self.places:
             found = _find(model, place.at)
             names, layers = place.before_names + place.after_names, place.before + place.after
             wrong = '' if _runs(found, place) else place.at
-            for name, layer in zip(names, layers):  # a loop: generators can't be compiled
+            for name, layer in zip(names, layers):  # a loop, as torch.compile can't compile a generator
                 if not wrong and _find(model, name) is not layer:
                     wrong, found = name, _find(model, name)
             if wrong:
@@ -180,17 +180,17 @@ class Guard:
                     'gone' if found is None else f'another {type(found).__name__}')
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # so it raises while it is compiled, too
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # it raises during compilation, too
 def _fail(layers: str, model: str, at: str, wrong: str, now: str) -> None:
     raise RuntimeError(
-        f'{layers} of the {model} must run once, at {at}, but {wrong} is {now} now. What replaces, wraps, fuses or '
-        f'converts a module that runs layers, or a layer, drops or doubles it; do it first and insert the layers then. '
-        f'restore(model) takes out what is left of them'
+        f'{layers} of the {model} must run once, at {at}, but {wrong} is {now} now. A tool that replaces, wraps, fuses '
+        f'or converts a layer, or a module that runs layers, drops or doubles them: use it first, then insert the '
+        f'layers. restore(model) takes out the layers that are left'
     )
 
 
 def check_layers(model: nn.Module) -> None:
-    """Raise a RuntimeError if a layer that was inserted anywhere in a model is not at its place any more."""
+    """Raise a RuntimeError if any inserted layer of a model is not at its place any more."""
     for module in model.modules():
         guard = Guard.of(module)
         if guard is not None:
@@ -198,7 +198,7 @@ def check_layers(model: nn.Module) -> None:
 
 
 def _content(module: nn.Module) -> Optional[nn.Module]:
-    """What is in a module that only wraps another one; None if it is no wrapper."""
+    """The module inside a wrapper; None if the module is no wrapper."""
     if type(module).__module__.startswith('torch.'):
         for name in _WRAPPERS:
             if name in module._modules:
@@ -207,7 +207,7 @@ def _content(module: nn.Module) -> Optional[nn.Module]:
 
 
 def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
-    """The module of a name, through wrappers; None if there is none."""
+    """The module with a name, looking through wrappers; None if there is none."""
     found: Optional[nn.Module] = model
     for part in name.split('.'):
         while found is not None and part not in found._modules:
@@ -218,14 +218,14 @@ def _find(model: nn.Module, name: str) -> Optional[nn.Module]:
 
 
 def _runs(module: Optional[nn.Module], place: Place) -> bool:
-    """Whether a module, or what it wraps, is the host of a place."""
+    """Whether a module, or the one that it wraps, is the host of a place."""
     while module is not None and not isinstance(module, Host):
         module = _content(module)
-    # The same object: a copy of the host alone, as fusing makes one, is not that of the network.
+    # It must be the same object: fusing copies a host alone, and the copy is not the host of the network.
     return module is not None and module._cmr_place is place
 
 
-# Of a network that is compiled as a whole, the hooks run before the compiled code does; there the check is to run as it
-# stands, each time. Within another network that is compiled it is compiled with it, and again when a class changes.
+# If the network is compiled as a whole, its hooks run before the compiled code, and the check must run uncompiled each
+# time. Inside a larger compiled network the check is compiled with it, and compiled again when a class changes.
 for _function in (Guard.__call__, Guard.check, _find, _runs, _content):
     skip_code(_function.__code__)

@@ -1,4 +1,4 @@
-"""Put a temporal layer at any module of a network that somebody else built: find the places and the channels there."""
+"""Put a temporal layer at any module of a network that somebody else built."""
 import fnmatch
 import re
 from contextlib import contextmanager
@@ -29,38 +29,40 @@ def insert(
 ) -> Report:
     """Put CME, SME or TIM before or after modules of a network, in place.
 
-    The channels are found by one forward pass of a zero image in eval mode, without gradients. Afterwards the
-    network takes frames (B*T, C, H, W) as before; wrap it in :class:`ClipModel` to feed it clips. :func:`restore`
-    takes the layers out again.
+    One forward pass of a zero image finds the channels, in eval mode and without gradients. Afterwards the network
+    takes frames (B*T, C, H, W) as before. Wrap it in :class:`ClipModel` to feed it clips. :func:`restore` takes the
+    layers out again.
 
-    The module runs the layer from now on, and is copied, saved, traced, compiled and exported with it; its parameters
-    keep their names. What replaces, wraps or fuses it (an adapter, SyncBatchNorm's conversion, ``fuse_modules``) drops
-    the layer or runs it twice; the network finds that out when it is called and when it is saved, and raises a
-    RuntimeError that names the layer; its parts, and its ``forward_features``, called without it, do not. Do these
-    things first, then insert, then compile; prefer a block, a convolution or an activation to a batch norm. TorchScript
-    can't compile such a module, torch.jit.trace can. Stochastic depth and DropBlock are drawn once a clip from now on.
+    The module runs the layer from now on. It is copied, saved, traced, compiled and exported with it, and its
+    parameters keep their names. Stochastic depth and DropBlock are drawn once per clip from now on.
 
-    The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2, which halves
-    what a trained network sees there. Pass ``gate_init=0.98`` to start a CME with open gates.
+    A tool that replaces, wraps or fuses the module (an adapter, SyncBatchNorm's conversion, ``fuse_modules``) drops the
+    layer or runs it twice. The network checks this when it is called and when it is saved, and raises a RuntimeError
+    that names the layer. A call of ``forward_features``, or of a part of the network, skips the check. Use such tools
+    first, then insert, then compile. Prefer a block, a convolution or an activation to a batch norm. TorchScript can't
+    compile such a module; ``torch.jit.trace`` can.
+
+    The layers start as they do alone: SME as the identity, TIM as TSM's shift, CME with gates near 1/2. Such a CME
+    halves the input that a trained network expects. Pass ``gate_init=0.98`` to start it with open gates.
 
     Args:
         model: The network.
-        layer: ``CME``, ``SME``, ``TIM`` or anything that is called alike, ``layer(channels, num_frames=...)``.
-        at: Names as ``model.named_modules()`` gives them: one name, a pattern such as ``'blocks.*.0'`` whose
-            wildcards match within a component, a compiled regular expression for whole names, or a list of these.
-            A plain ``nn.Sequential`` stands for its first ('before') or last ('after') module.
+        layer: ``CME``, ``SME``, ``TIM`` or a function with the same call, ``layer(channels, num_frames=...)``.
+        at: Names from ``model.named_modules()``: one name, a pattern such as ``'blocks.*.0'`` whose wildcards match
+            within a component, a compiled regular expression for whole names, or a list of these. An ``nn.Sequential``
+            stands for its first ('before') or last ('after') module.
         where: 'before' or 'after' the module.
         num_frames: Frames T of a clip.
-        example_input: Input to find the channels with, if not a zero image of the network's own size, (1, C, H, W).
+        example_input: Input (1, C, H, W) to find the channels with. None: a zero image of the network's own size.
         **layer_kwargs: Arguments of the layer, such as ``reduction=4``.
 
     Returns:
-        What was inserted where.
+        The inserted layers and their places.
 
     Raises:
-        ValueError: A name or pattern matches nothing; where is neither of the two; a module does not run, has no
-            tensor (N, C, H, W) there, or has not the forward of its class; the model has layers of another num_frames;
-            a layer argument is out of its range.
+        ValueError: A name or pattern matches nothing. ``where`` is not 'before' or 'after'. A module does not run, has
+            no tensor (N, C, H, W) there, or does not have the forward of its class. The model has layers with another
+            num_frames. A layer argument is out of its range.
         TypeError: model is no module or a compiled one, layer is no class of a layer, or example_input is no tensor.
 
     Example:
@@ -101,7 +103,7 @@ def insert(
 
 
 def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
-    """Names of the modules that the patterns select, in the order of the model."""
+    """Names of the modules that match the patterns, in the order of the model."""
     names = [name for name, _ in model.named_modules() if name]
     selected = set()
     for pattern in at if isinstance(at, (list, tuple)) else [at]:
@@ -130,10 +132,10 @@ def _glob(name: str, pattern: str) -> bool:
 
 
 def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
-    """Follow plain Sequentials down to the module that takes their input or gives their output.
+    """Follow an ``nn.Sequential`` down to the module that takes its input or gives its output.
 
-    A Sequential can't own a layer (it would run it as one more of its modules), and gradient checkpointing calls its
-    modules without it.
+    An ``nn.Sequential`` can't own a layer, as it would run it as one more of its modules. Gradient checkpointing also
+    calls these modules without calling the ``nn.Sequential``.
     """
     module = model.get_submodule(name)
     if isinstance(module, torch.jit.ScriptModule):
@@ -145,7 +147,7 @@ def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
 
 
 class _Spy(nn.Module):
-    """A child that nobody calls by name: if it runs, its parent runs all its children and can't hold a layer."""
+    """A child that nobody calls by name. If it runs, its parent runs all its children and can't hold a layer."""
     ran = False
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +157,7 @@ class _Spy(nn.Module):
 
 @contextmanager
 def _spies(model: nn.Module, names: Iterable[str]) -> Iterator[Dict[str, _Spy]]:
-    """A spy in each of the modules and all above them, for the time of a forward pass; containers run all anyway."""
+    """Put a spy in each module and in all modules above it. Containers get none: they run all their children."""
     paths = {name: None for path in names for name in _upwards(path)}
     spies = {name: _Spy() for name in paths if not isinstance(model.get_submodule(name), _CONTAINERS)}
     try:
@@ -168,13 +170,13 @@ def _spies(model: nn.Module, names: Iterable[str]) -> Iterator[Dict[str, _Spy]]:
 
 
 def _upwards(name: str) -> List[str]:
-    """The names of a module and of all above it, up to the model, ''."""
+    """Names of a module and of all modules above it, up to the model, ''."""
     parts = name.split('.')
     return ['.'.join(parts[:n]) for n in range(len(parts), -1, -1)]
 
 
 def _owner(model: nn.Module, at: str, spies: Dict[str, _Spy]) -> str:
-    """Name of the module that holds the layer: the target, or the nearest above that does not run all its children."""
+    """Name of the module to hold the layer: the target, or the nearest one above that does not run all its children."""
     for name in _upwards(at):
         if name in spies and not spies[name].ran:
             return name

@@ -1,7 +1,6 @@
-"""Find what flows where in a network: one forward pass of one image, watched.
+"""Find the channels at the modules of a network by one forward pass of one image.
 
-The channels of a module can't be read off it in general (a block of convolutions, a pruned network, an activation),
-but they can be seen.
+In general a module does not tell its channels: it may be a block of convolutions, an activation, or pruned.
 """
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -13,11 +12,11 @@ __all__ = ['Call', 'evaluating', 'like', 'probe', 'zero_image']
 
 
 class Call:
-    """What went in and out of a module in a forward pass."""
+    """The inputs and outputs of a module in a forward pass."""
 
     def __init__(self, name: str, square: bool) -> None:
         self.name = name
-        self.square = square  # the image is
+        self.square = square  # whether the image is square
         self.passes: List[Tuple[Any, Any]] = []
 
     def record(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
@@ -28,7 +27,7 @@ class Call:
         return self.passes[0][0] if self.passes else None
 
     def channels(self, where: str) -> int:
-        """Channels of the tensor (1, C, H, W) that went in ('before') or came out ('after')."""
+        """Channels C of the input ('before') or the output ('after'), which must be (1, C, H, W)."""
         side = 'input' if where == 'before' else 'output'
         if not self.passes:
             raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
@@ -55,7 +54,7 @@ def probe(
         targets: Dict[str, nn.Module],
         example_input: Optional[Tensor] = None,
 ) -> Dict[str, Call]:
-    """Run the model once on one image, in eval mode and without gradients, and watch the targets."""
+    """Run the model once on one image, in eval mode and without gradients, and record the calls of the targets."""
     if example_input is None:
         example_input = zero_image(model, _image_size(model))
     elif not isinstance(example_input, Tensor):
@@ -80,7 +79,7 @@ def probe(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, for a look inside; afterwards every module is in the mode it was in."""
+    """Eval mode without gradients. Afterwards every module is in its former mode again."""
     training = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad():
@@ -92,14 +91,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _in_channels(model: nn.Module) -> int:
-    """Channels of the network's images: as it declares (timm's or transformers' way), or its first convolution's."""
+    """Channels of the network's images: as it declares for timm or transformers, or as its first convolution has."""
     declared = getattr(model, 'in_chans', None) or getattr(getattr(model, 'config', None), 'num_channels', None)
     first = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
     return declared if isinstance(declared, int) else first
 
 
 def _image_size(model: nn.Module) -> Tuple[int, int]:
-    """Height and width the network declares (timm's or transformers' way), or 224x224."""
+    """Height and width that the network declares for timm or transformers, or 224x224."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     config = getattr(model, 'config', None)
     size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
@@ -108,12 +107,12 @@ def _image_size(model: nn.Module) -> Tuple[int, int]:
 
 
 def zero_image(model: nn.Module, size: Tuple[int, int]) -> Tensor:
-    """One image for the network, (1, C, *size), on its device and in its dtype."""
+    """A zero image for the network, (1, C, *size), on its device and in its dtype."""
     return torch.zeros(1, _in_channels(model), *size, **like(model, model))
 
 
 def like(module: nn.Module, model: nn.Module) -> Dict[str, Any]:
-    """device and dtype for a new layer: those of the module's parameters or, failing that, of the model's."""
+    """device and dtype for a new layer: as the module's parameters have them, or else the model's."""
     for source in (module, model):
         for p in source.parameters():
             if p.is_floating_point():

@@ -1,4 +1,4 @@
-"""What a network with temporal layers is made of, as data, and making it again: the inside of :mod:`.save`."""
+"""Describe a network with temporal layers as data, and build it again from that; used by :mod:`.save`."""
 import inspect
 import json
 from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
@@ -23,14 +23,14 @@ __all__ = ['Config', 'build', 'check_modules', 'describe', 'few', 'modules', 'pu
 Config = Dict[str, Any]
 _KINDS: Dict[str, Type[ClipLayer]] = {'CME': CME, 'SME': SME, 'TIM': TIM}
 _PARTS = ('cme', 'tim', 'sme')
-# What timm.create_model() has arguments of its own for says how it builds (and what it reads), not what.
+# timm.create_model()'s own arguments say how it builds and what it reads, and are no arguments of the network.
 _NOT_ARGS = set(inspect.signature(timm.create_model).parameters) - {'kwargs'}
-# These compute the same in eval mode; a network that trained on several devices has the first ones.
+# Each pair computes the same in eval mode. A network that trained on several devices has the first of each pair.
 _SAME = {'SyncBatchNorm': 'BatchNorm2d', 'SyncBatchNormAct': 'BatchNormAct2d'}
 
 
 def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
-    """The image network with its layers, and what is needed to build it again."""
+    """The image network with its layers, and the data to build it again."""
     network: nn.Module = model
     hosts: List[Config] = []
     if isinstance(model, ClipModel):
@@ -41,7 +41,7 @@ def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
                 f'{", ".join(f"{name}: {kind.__name__}" for name, kind in others.items())}')
         model._check_layers()
         network = model.model
-        hosts += _hosts(model, '', 'model.')  # of layers that were inserted in the wrapper
+        hosts += _hosts(model, '', 'model.')  # for layers that were inserted through the wrapper
     names = {module: name for name, module in network.named_modules()}
     layers: Dict[str, Config] = {}
     blocks: List[Config] = []
@@ -78,13 +78,13 @@ def describe(model: nn.Module) -> Tuple[nn.Module, Config]:
         'cmr_layers': __version__, 'network': type(network).__name__, 'timm': _timm_config(network),
         'num_frames': frames.pop() if frames else None,
         'clip_model': model.num_frames if isinstance(model, ClipModel) else None,
-        # in the order of the network's modules, which is that of its parameters
+        # in the order of the network's modules, as the order of its parameters follows
         'layers': {name: layers[name] for name in names.values() if name in layers},
         'blocks': blocks, 'hosts': hosts, 'modules': modules(network)}
 
 
 def _hosts(module: nn.Module, root: str, prefix: str) -> Iterator[Config]:
-    """The places that the guard of a module knows, without a prefix of their names."""
+    """The places that the guard of a module knows, their names without the prefix."""
     guard = Guard.of(module)
     for place in [] if guard is None else guard.places:
         names = place.at, *place.before_names, *place.after_names
@@ -95,32 +95,32 @@ def _hosts(module: nn.Module, root: str, prefix: str) -> Iterator[Config]:
 
 
 def _timm_config(network: nn.Module) -> Optional[Config]:
-    """timm's name of a network that it can build again, and its arguments."""
+    """The name and the arguments by which timm builds the network again; None if it can't."""
     cfg = image_network(vars(network).get('pretrained_cfg'))
     args: Any = getattr(network, '_model_args', None)
     if args is None or not isinstance(cfg, dict) or not timm.is_model(cfg.get('architecture', '')):
         return None
-    args = {**args, **get_model_args(network)}  # that leaves out drop rates
+    args = {**args, **get_model_args(network)}  # get_model_args leaves out drop rates
     get_classifier: Any = getattr(network, 'get_classifier', lambda: None)
     classifier = get_classifier()
     if type(classifier) is nn.Linear:
-        args['num_classes'] = classifier.out_features  # also of one that was put in timm's place
+        args['num_classes'] = classifier.out_features  # somebody may have replaced timm's classifier
     try:
         config: Config = _plain({
             'name': cfg['architecture'], 'args': {key: value for key, value in args.items() if key not in _NOT_ARGS},
             'pretrained_cfg': {key: value for key, value in cfg.items() if key != 'state_dict'}})
     except TypeError:
-        return None  # an argument that is a class, say; the caller of load_model() has to build the network
+        return None  # an argument may be a class: then the caller of load_model() has to build the network
     return config
 
 
 def _plain(value: Any) -> Any:
-    """As it is read back from JSON; a TypeError if it can't be written."""
+    """The value as JSON returns it. A TypeError if JSON can't hold it."""
     return json.loads(json.dumps(value, default=_number))
 
 
 def _number(value: Any) -> Any:
-    """NumPy's and PyTorch's numbers."""
+    """A number of NumPy or PyTorch as Python's."""
     if hasattr(value, 'item'):
         return value.item()
     raise TypeError(f'{value!r} is nothing that JSON knows')
@@ -144,7 +144,7 @@ def _layer_config(name: str, layer: Any) -> Config:
 
 
 def build(config: Config, bare: bool = False) -> nn.Module:
-    """timm's network with the layers, or without."""
+    """Build timm's network, with the layers unless ``bare``."""
     made = config['timm']
     if not timm.is_model(made['name']):
         raise ValueError(f'timm knows no {made["name"]!r}; import the module that registers it first')
@@ -158,14 +158,14 @@ def build(config: Config, bare: bool = False) -> nn.Module:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON has no tuples, and timm's arguments are hardly ever lists."""
+    """Turn lists into tuples: JSON has no tuples, and timm's arguments are hardly ever lists."""
     if isinstance(value, dict):
         return {key: _tuples(v) for key, v in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def put_in(network: nn.Module, config: Config) -> None:
-    """Make the layers anew and put them where they were."""
+    """Build the layers again and put them at their places."""
 
     def make(name: str, near: nn.Module) -> ClipLayer:
         settings = dict(config['layers'][name])
@@ -179,7 +179,7 @@ def put_in(network: nn.Module, config: Config) -> None:
             raise ValueError(f'{name} of the {type(network).__name__} must be a block of timm or torchvision, got a '
                              f'{type(module).__name__}')
         put_in_block(network, name, 'conv1', {part: make(f'{name}.{part}', module) for part in block['layers']})
-    near = {}  # of each layer, the module that runs it
+    near = {}  # maps each layer to the module that runs it
     for host in config['hosts']:
         prefix = f'{host["root"]}.' if host['root'] else ''
         near.update({prefix + name: prefix + host['at'] for name in (*host['before'], *host['after'])})
@@ -210,7 +210,7 @@ def _submodule(network: nn.Module, name: str) -> nn.Module:
 
 
 def modules(network: nn.Module) -> Dict[str, Config]:
-    """What a network is made of: the modules' classes, and of PyTorch's, timm's and ours how they are set."""
+    """The classes of a network's modules, and the settings of those that PyTorch, timm or this package define."""
     found = {}
     for name, module in network.named_modules():
         kind = type(module).__name__
@@ -222,7 +222,7 @@ def modules(network: nn.Module) -> Dict[str, Config]:
 
 
 def _is_setting(key: str, value: Any) -> bool:
-    # of the number of classes the classifier tells more
+    # num_classes is left out, as the classifier's settings hold it
     if key.startswith('_') or key in (
             'training', 'inplace', 'num_frames', 'num_classes', 'was_adopted', 'grad_checkpointing'):
         return False
@@ -231,7 +231,7 @@ def _is_setting(key: str, value: Any) -> bool:
 
 
 def check_modules(config: Config, built: Dict[str, Config], built_by: str, advice: str) -> None:
-    """Two networks can have the same keys and compute something else: another stride, another activation."""
+    """Raise a ValueError if two networks differ. Equal keys are not enough: a stride or an activation may differ."""
     saved = config['modules']
     wrong = [f'{name or "itself"} is new' for name in saved if name not in built]
     wrong += [f'{name or "itself"} is gone' for name in built if name not in saved]

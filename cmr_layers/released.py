@@ -1,22 +1,22 @@
 """The variant that the authors released, and their checkpoints.
 
-The code published with the paper computes something else than its equations in five ways, all of them in CME:
+The code published with the paper differs from its equations in five ways, all of them in CME:
 
-1. the projections W1 and W2 run on the full feature map and are pooled afterwards, not the other way round;
-2. a batch norm and a ReLU follow each of them;
-3. the softmax of equation (5) runs over t instead of j, so the columns of the weights sum to 1 and the rows do not;
-4. a batch norm and a ReLU come before the sigmoid of equation (6), so the gates lie in [0.5, 1);
-5. no projection has a bias, which the paper leaves open.
+1. The projections W1 and W2 run on the full feature map, and the pooling comes after them.
+2. A batch norm and a ReLU follow each of them.
+3. The softmax of equation (5) runs over t instead of j. The columns of the weights sum to 1, the rows do not.
+4. A batch norm and a ReLU come before the sigmoid of equation (6). The gates lie in [0.5, 1).
+5. No projection has a bias. The paper leaves this open.
 
-Its SME follows the paper, with a bias in the convolution; its TIM is the depthwise convolution of :class:`TIM`. A
-checkpoint trained with that code only means something with this arithmetic. Everything else of the package is the
-paper's.
+Its SME follows the paper, with a bias in the convolution. Its TIM is the depthwise convolution of :class:`TIM`. A
+checkpoint trained with that code needs this arithmetic. The rest of the package follows the paper.
 
-Their checkpoints come in by :func:`load_released_checkpoint`, which reads from the file what network it needs, or by
-``timm.create_model('released_cmr_resnet50', num_classes=...)`` with ``checkpoint_path=...`` or with
-``pretrained=True, pretrained_cfg_overlay=dict(file=..., num_classes=...)``. Their training script saves its learning
-rates as numpy's numbers. For timm, importing this module allows ``torch.load(..., weights_only=True)`` to read those
-(float64, float32 and int64), in the whole process.
+:func:`load_released_checkpoint` loads their checkpoints and reads from the file which network it needs. timm loads them
+by ``timm.create_model('released_cmr_resnet50', num_classes=...)`` with ``checkpoint_path=...`` or with
+``pretrained=True, pretrained_cfg_overlay=dict(file=..., num_classes=...)``.
+
+Their training script saves its learning rates as numpy's numbers. Importing this module therefore allows
+``torch.load(..., weights_only=True)`` to read float64, float32 and int64 numbers of numpy, in the whole process.
 """
 import math
 import os
@@ -50,9 +50,9 @@ torch.serialization.add_safe_globals(checkpoint.numpy_numbers())  # for timm, se
 
 
 class Projection(nn.Module):
-    """A 1x1 convolution without bias, which starts with PyTorch's default: uniform in +-1/sqrt(in_channels).
+    """A 1x1 convolution without bias. It starts with PyTorch's default, uniform in +-1/sqrt(in_channels).
 
-    It is no ``nn.Conv2d``, since timm starts each of those anew in a network, whoever owns it.
+    It is no ``nn.Conv2d``: timm initialises every ``nn.Conv2d`` of a network again.
     """
 
     def __init__(self, in_channels: int, out_channels: int, device: Any = None, dtype: Any = None) -> None:
@@ -84,7 +84,7 @@ def _projection(in_channels: int, out_channels: int, **dd: Any) -> nn.Sequential
 
 
 def _fuse(z: Tensor, k: Tensor) -> Tensor:
-    """Equations (4) and (5) with the softmax over t, in float32 at least: dot products overflow half precision."""
+    """Equations (4) and (5) with the softmax over t, at least in float32, as dot products overflow half precision."""
     if not torch.jit.is_scripting():
         if not z.is_meta and torch.is_autocast_enabled(z.device.type):
             with torch.autocast(z.device.type, enabled=False):
@@ -101,22 +101,22 @@ def _fuse_wide(z: Tensor, k: Tensor) -> Tensor:
 
 @register_notrace_module
 class CME(ClipLayer):
-    """Channel-wise motion enhancement as released, see the five differences above.
+    """Channel-wise motion enhancement as released; the module's docstring lists the five differences.
 
-    As there, the projections start with PyTorch's default for a convolution, uniform in +-1/sqrt(fan_in), in a
-    network, too, and the batch norms with weight 1 and bias 0.
+    It starts as in the released code, also within a network. The projections start with PyTorch's default for a
+    convolution, uniform in +-1/sqrt(fan_in). The batch norms start with weight 1 and bias 0.
 
     Args:
         channels: Channels C of the input.
         num_frames: Frames T of a clip.
-        reduction: Values and keys have C / reduction channels; it has to divide C.
+        reduction: Values and keys have C / reduction channels. It must divide C.
 
     Shapes:
         (B*T, C, H, W) or (B, T, C, H, W) to the same.
 
     Raises:
-        ValueError: An argument is no positive int, or reduction does not divide channels; at call time, another
-            shape (see :class:`ClipLayer`).
+        ValueError: An argument is no positive int, or reduction does not divide channels. At call time: the input has
+            another shape (see :class:`ClipLayer`).
 
     Example:
         >>> layer = CME(64, num_frames=8).eval()
@@ -171,38 +171,38 @@ class CME(ClipLayer):
 
 
 class CMRBlock(block.CMRBlock):
-    """The residual block as released: :class:`cmr_layers.CMRBlock` with this file's CME and a bias in SME."""
+    """The residual block as released: :class:`cmr_layers.CMRBlock` with the released CME and a bias in SME."""
     cme_layer = CME
     sme_layer = partial(sme.SME, bias=True)
 
 
 class ReleasedCMRResNet(CMRResNet):
-    """The network as released: CMR blocks of this file, in the deep networks only every other one of a stage.
+    """The network as released, made of the released blocks. Deep networks have CME and TIM in every other block.
 
-    The classifier starts as there, normal with a standard deviation of 0.001, its bias zero.
+    The classifier starts as in the released code: the weight normal with a standard deviation of 0.001, the bias zero.
 
     Args:
-        layers: Blocks of each stage. With 23 or more in the third, TIM and CME go into the blocks 0, 2, 4, ... of
+        layers: Blocks of each stage. With 23 or more in the third stage, TIM and CME go into the blocks 0, 2, 4, ... of
             each stage (TSM's n_round = 2).
-        **kwargs: As :class:`CMRResNet`. The authors train with drop_rate=0.5.
+        **kwargs: Arguments of :class:`CMRResNet`. The authors train with drop_rate=0.5.
     """
 
     def __init__(self, layers: Tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(CMRBlock, layers, **kwargs)
         if layers[2] >= 23:
             for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-                for i, plain in stage.named_children():  # type: ignore[union-attr]
+                for i, odd in stage.named_children():  # type: ignore[union-attr]
                     if int(i) % 2:
-                        plain.cme = plain.tim = nn.Identity()
+                        odd.cme = odd.tim = nn.Identity()
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """As the family's, and the classifier as described in the class docstring."""
+        """Start as the family does, and the classifier as described in the class docstring."""
         super().init_weights(zero_init_last)
         self._start_classifier()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """As timm's; the new classifier starts as described in the class docstring."""
+        """Do what timm's does. The new classifier starts as described in the class docstring."""
         super().reset_classifier(num_classes, global_pool)
         self._start_classifier()
 
@@ -214,7 +214,7 @@ class ReleasedCMRResNet(CMRResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As PyTorch's, and takes the authors' names, too: with them timm's ``checkpoint_path=`` takes their file."""
+        """Do what PyTorch's does, also for the authors' names, so that timm's ``checkpoint_path=`` takes their file."""
         if any(checkpoint.our_name(key) != key for key in state_dict if isinstance(key, str)):
             state_dict = checkpoint.rename(state_dict)
             checkpoint.check_values(state_dict)
@@ -222,15 +222,15 @@ class ReleasedCMRResNet(CMRResNet):
 
     @torch.jit.ignore  # type: ignore[untyped-decorator]
     def load_pretrained(self, path: Union[str, 'os.PathLike[str]']) -> None:
-        """Load a file for timm's ``pretrained=True``: the authors', one of ours, or an image network's weights.
+        """Load a file for timm's ``pretrained=True``: a file of the authors, of this package, or of an image network.
 
         Args:
-            path: The file. Its classifier arrives if 'num_classes' of the network's ``pretrained_cfg`` (174 if
-                ``pretrained_cfg_overlay`` says nothing else) and ``num_classes`` are the file's number of classes.
+            path: The file. Its classifier is loaded if two numbers are the file's number of classes: ``num_classes``,
+                and 'num_classes' of the network's ``pretrained_cfg`` (174, or as ``pretrained_cfg_overlay`` says).
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no checkpoint, or has another number of classes than ``pretrained_cfg`` says.
+            ValueError: It is no checkpoint, or its number of classes differs from ``pretrained_cfg``.
             RuntimeError: Keys are missing, unexpected or of another shape.
         """
         checkpoint.open_file(path).close()
@@ -246,7 +246,9 @@ class ReleasedCMRResNet(CMRResNet):
 
 
 def _check_pretrained(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """As the family's, of the authors' names, too. An image network's classifier stays out, if it is of other classes.
+    """Check a state dict as the family does, also one with the authors' names.
+
+    The classifier of an image network is left out if its number of classes differs.
     """
     renamed = checkpoint.rename(state_dict)
     own = model.state_dict()
@@ -254,7 +256,7 @@ def _check_pretrained(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[s
     if not temporal_keys(model) & renamed.keys() and 'fc.weight' in renamed:
         if renamed['fc.weight'].shape[:1] not in ((cfg['num_classes'],), (model.num_classes,)):
             renamed = {key: value for key, value in renamed.items() if key not in ('fc.weight', 'fc.bias')}
-            if model.num_classes == cfg['num_classes']:  # where timm wants a classifier
+            if model.num_classes == cfg['num_classes']:  # then timm wants a classifier
                 renamed.update({key: value for key, value in own.items() if key in ('fc.weight', 'fc.bias')})
     renamed = check_pretrained(renamed, model)
     checkpoint.check_values(renamed)
@@ -271,7 +273,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create(depth: int, pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
-    if pretrained:  # a file is for load_pretrained()
+    if pretrained:  # load_pretrained() takes the file
         kwargs['pretrained_cfg_overlay'] = {'custom_load': True, **(kwargs.get('pretrained_cfg_overlay') or {})}
         if kwargs.get('features_only'):
             kwargs['num_classes'] = 0  # timm doesn't tell load_pretrained() that no classifier is wanted
@@ -283,19 +285,19 @@ def _create(depth: int, pretrained: bool = False, **kwargs: Any) -> ReleasedCMRR
 
 @register_model
 def released_cmr_resnet50(pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
-    """The ResNet-50 as released, for timm; arguments as :class:`ReleasedCMRResNet`."""
+    """The ResNet-50 as released, for timm. It takes the arguments of :class:`ReleasedCMRResNet`."""
     return _create(50, pretrained, **kwargs)
 
 
 @register_model
 def released_cmr_resnet101(pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
-    """The ResNet-101 as released, for timm; arguments as :class:`ReleasedCMRResNet`."""
+    """The ResNet-101 as released, for timm. It takes the arguments of :class:`ReleasedCMRResNet`."""
     return _create(101, pretrained, **kwargs)
 
 
 @register_model
 def released_cmr_resnet152(pretrained: bool = False, **kwargs: Any) -> ReleasedCMRResNet:
-    """The ResNet-152 as released, for timm; arguments as :class:`ReleasedCMRResNet`."""
+    """The ResNet-152 as released, for timm. It takes the arguments of :class:`ReleasedCMRResNet`."""
     return _create(152, pretrained, **kwargs)
 
 
@@ -303,28 +305,27 @@ def load_released_checkpoint(
         path_or_dict: Union[str, 'os.PathLike[str]', Mapping[str, Any]],
         num_frames: int = 8,
 ) -> ReleasedCMRResNet:
-    """Turn a checkpoint of the authors' code into a model that computes what theirs does.
+    """Turn a checkpoint of the authors' code into a model that computes what their code computes.
 
-    Depth, number of classes, CME's reduction and whether there is a dropout are read from the file. The weights fit
-    any ``num_frames``; the released file was trained with 8.
+    The file tells the depth, the number of classes, CME's reduction and whether there is a dropout. The weights fit any
+    ``num_frames``. The released file was trained with 8.
 
-    Nothing in a file is run: besides tensors and Python's own types it may hold numpy's numbers, which the authors'
-    training script saves, and nothing else. It is checked before the model is built, and what it makes allocate is
-    in proportion to its size.
+    Nothing in a file is run. It may hold tensors, Python's own types and numpy's numbers, which the authors' training
+    script saves. The file is checked before the model is built, and the memory it takes is in proportion to its size.
 
     Args:
-        path_or_dict: The file, or what is in it: {'model': state_dict, ...}, {'state_dict': state_dict, ...} or the
-            state dict itself, with the authors' names or with ours. Half and double precision become float32.
+        path_or_dict: The file, or its content: {'model': state_dict, ...}, {'state_dict': state_dict, ...} or the state
+            dict itself, with the authors' names or with ours. Half and double precision become float32.
         num_frames: Frames T of a clip.
 
     Returns:
         The model, in float32 and in eval mode. For further training it has the authors' dropout of 0.5 before the
-        classifier, unless the file is of a training without (then the classifier is 'base_model.fc', not 'new_fc').
-        timm can save it and, once this module is imported, load it again.
+        classifier. It has none if the file was trained without; the classifier is 'base_model.fc' then, not 'new_fc'.
+        timm can save the model and, once this module is imported, load it again.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no sound checkpoint of a CMR ResNet-50, -101 or -152; the message says what is wrong.
+        ValueError: It is no sound checkpoint of a CMR ResNet-50, -101 or -152. The message says what is wrong.
 
     Example:
         >>> load_released_checkpoint('ckpt/sthv1_8f.pth.tar')  # doctest: +SKIP
@@ -341,18 +342,18 @@ def load_released_checkpoint(
     if any(str(key).removeprefix('module.').startswith('base_model.fc.') for key in found):
         arguments['drop_rate'] = 0.
     arguments['num_frames'] = num_frames
-    # without memory, as long as it isn't known that the file fills it
+    # on the meta device: no memory is taken before the file is known to fit
     skeleton = timm.create_model(name, device='meta', **arguments)
     state_dict = checkpoint.check_fit(state_dict, skeleton.state_dict())
     checkpoint.check_values(state_dict)
-    model = timm.create_model(name, **arguments)  # not _create(): timm records the arguments, for save_for_hf
+    model = timm.create_model(name, **arguments)  # not _create(): timm records the arguments for save_for_hf
     assert isinstance(model, ReleasedCMRResNet)
     model.load_state_dict(state_dict, strict=True)
     return model.eval()
 
 
 def _architecture(state_dict: Mapping[str, Tensor]) -> Tuple[str, Dict[str, Any]]:
-    """timm's name of a network and its arguments, as a state dict of our names shows them."""
+    """The name of a network in timm and its arguments, read from a state dict with our names."""
     blocks = {key.split('.')[1] for key in state_dict if key.startswith('layer3.')}
     depths = {layers[2]: depth for depth, layers in _LAYERS.items()}
     if len(blocks) not in depths or 'layer3.0.conv3.weight' not in state_dict or 'fc.weight' not in state_dict:

@@ -1,4 +1,4 @@
-"""Checkpoints of the authors' code: read without running anything, and checked before anything is made of them.
+"""Checkpoints of the authors' code, read without running anything and checked before they are used.
 
 Their training script saves ``{'epoch', 'optimizer', 'model', 'best_prec1'}``. The learning rates in 'optimizer' are
 numpy's numbers, which ``torch.load`` with ``weights_only=True`` refuses; see :func:`numpy_numbers`.
@@ -34,7 +34,7 @@ _RENAMES = (
 _FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64
 _INTEGERS = torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
 
-# How files start that are taken for a checkpoint, and what to do about them.
+# Other files that users take for a checkpoint: how they start, and what to do about them.
 _OTHER_FILES = (
     (rb'(?i)(\xef\xbb\xbf)?\s*<(!doctype|!--|\?xml|html|head|body)',
      'it is a web page, as a failed download leaves one; download the checkpoint again'),
@@ -44,7 +44,7 @@ _OTHER_FILES = (
 
 
 def _number(dtype: Any, data: Any = None) -> Any:
-    """What ``numpy.core.multiarray.scalar`` does, of numbers alone: that function makes objects, too."""
+    """Do what ``numpy.core.multiarray.scalar`` does, but for numbers only: that function makes objects, too."""
     import numpy
     if isinstance(dtype, numpy.dtype) and dtype.kind in 'fi' and isinstance(data, bytes):
         if len(data) == dtype.itemsize:
@@ -53,11 +53,11 @@ def _number(dtype: Any, data: Any = None) -> Any:
 
 
 def numpy_numbers() -> List[Any]:
-    """What ``torch.load`` has to allow for numpy's float64, float32 and int64 numbers, of NumPy 1 and 2, if it doesn't.
+    """The globals that ``torch.load`` must allow to read float64, float32 and int64 numbers of NumPy 1 and 2.
 
     Returns:
-        For ``torch.serialization.add_safe_globals`` or ``safe_globals``. That context forbids afterwards what was
-        allowed before, so what is allowed already is left out. Empty without numpy.
+        Globals for ``torch.serialization.add_safe_globals`` or ``safe_globals``. The list leaves out globals that are
+        allowed already, as ``safe_globals`` would forbid them afterwards. It is empty without numpy.
 
     Example:
         >>> with torch.serialization.safe_globals(numpy_numbers()):
@@ -68,7 +68,7 @@ def numpy_numbers() -> List[Any]:
     except ImportError:
         return []
     allowed = [
-        (_number, 'numpy.core.multiarray.scalar'),  # a name, since with NumPy 2 looking it up warns
+        (_number, 'numpy.core.multiarray.scalar'),  # a name, as looking it up warns with NumPy 2
         (_number, 'numpy._core.multiarray.scalar'),
         numpy.dtype,
         *(type(numpy.dtype(name)) for name in ('float64', 'float32', 'int64')),
@@ -78,15 +78,15 @@ def numpy_numbers() -> List[Any]:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a checkpoint for reading, if it is a file and could be one.
+    """Open a checkpoint for reading, if it is a file that could be a checkpoint.
 
     Args:
         path: The file.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is a directory, a pipe or a device; or it is empty, a web page, an archive, or a zip that holds
-            more than its size, which torch never writes.
+        ValueError: It is a directory, a pipe, a device, empty, a web page or an archive, or a zip that unpacks to more
+            than its size, which torch never writes.
     """
     file = open(path, 'rb', opener=_open_regular)
     try:
@@ -105,7 +105,7 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def _open_regular(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))  # else opening a pipe waits for its other end
+    descriptor = os.open(path, flags | getattr(os, 'O_NONBLOCK', 0))  # else opening a pipe waits for the other end
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ValueError(f'{os.fspath(path)!r} is no checkpoint: it is no file, but a directory, a pipe or a device')
@@ -121,10 +121,10 @@ def _unpacked_size(file: BinaryIO) -> int:
 
 
 def read(path: Path) -> Any:
-    """What ``torch.load`` finds in a file, on the CPU; nothing in it is run.
+    """The content of a file as ``torch.load`` reads it, on the CPU. Nothing in the file is run.
 
     Args:
-        path: The file, of torch's zip format or of the one before PyTorch 1.6.
+        path: The file, in torch's zip format or in the format before PyTorch 1.6.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -134,12 +134,12 @@ def read(path: Path) -> Any:
         try:
             with torch.serialization.safe_globals(numpy_numbers()):
                 return torch.load(file, map_location='cpu', weights_only=True)
-        except Exception as error:  # torch.load raises whatever the bytes lead it to
+        except Exception as error:  # the bytes can make torch.load raise anything
             raise refusal(path, error) from None  # torch's message advises to load without weights_only
 
 
 def refusal(path: Path, error: BaseException) -> ValueError:
-    """The error for a file that ``torch.load`` refuses, in place of torch's, which advises to run what is in it."""
+    """The error for a file that ``torch.load`` refuses. torch's own error advises to run the content."""
     found = re.search(r'GLOBAL (\S+)|Unsupported globals: ([^\s,]+[^\s,.])', str(error))
     reason = (
         f'it holds {found[1] or found[2]}, and only tensors, the types of Python and the numbers of numpy are '
@@ -148,7 +148,7 @@ def refusal(path: Path, error: BaseException) -> ValueError:
 
 
 def state_dict_in(content: Any) -> Mapping[Any, Any]:
-    """The state dict of a checkpoint: the checkpoint itself, or what stands under 'model' or 'state_dict'.
+    """The state dict of a checkpoint: the checkpoint itself, or its entry 'model' or 'state_dict'.
 
     Raises:
         ValueError: There is none.
@@ -166,7 +166,7 @@ def state_dict_in(content: Any) -> Mapping[Any, Any]:
 
 
 def our_name(key: str) -> str:
-    """The key in our network of a key in the authors', with DataParallel's 'module.' or without; ours stay."""
+    """Our name for a key of the authors, with or without DataParallel's 'module.'. Our own keys stay."""
     key = re.sub(r'^(module\.)?(base_model\.)?', '', key)
     for pattern, replacement in _RENAMES:
         key = re.sub(pattern, replacement, key)
@@ -174,17 +174,17 @@ def our_name(key: str) -> str:
 
 
 def rename(state_dict: Mapping[Any, Any]) -> Dict[str, Tensor]:
-    """Rename a checkpoint's keys to ours; TIM's taps lose the unit width that conv2d wants.
+    """Rename a checkpoint's keys to ours. TIM's taps lose their unit width.
 
     Args:
-        state_dict: Of the authors' names, with DataParallel's 'module.' or without, or of ours, which stay.
+        state_dict: State dict with the authors' names, with or without DataParallel's 'module.'. Our names stay.
 
     Returns:
-        Another dict, of the same tensors.
+        A new dict with the same tensors.
 
     Raises:
-        ValueError: A key is no string, two are the same parameter, or a value is no dense tensor of floating point
-            numbers that are all stored (a counter of batches: of integers).
+        ValueError: A key is no string, two keys name the same parameter, or a value is no dense tensor of floating
+            point numbers (integers for a counter of batches) that are all stored.
     """
     renamed: Dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -209,21 +209,21 @@ def _check_tensor(key: str, value: Any) -> None:
     elif value.dtype not in kinds or (kinds is _INTEGERS and value.numel() != 1):
         got = f'{value.dtype} of shape {list(value.shape)}'
     elif value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        # the same bytes over and over: a few of them can ask for any amount of memory
+        # strides that repeat a few bytes could ask for any amount of memory
         got = f'shape {list(value.shape)} of {value.untyped_storage().nbytes()} bytes'
     if got:
         raise ValueError(f'{key!r} of the checkpoint must be {wanted}, got {got}')
 
 
 def check_fit(state_dict: Dict[str, Tensor], wanted: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Complete a state dict with the counters of batches that PyTorch before 0.4.1 didn't save.
+    """Add the counters of batches that PyTorch before 0.4.1 did not save, and check that the state dict fits.
 
     Args:
-        state_dict: Of our names.
+        state_dict: State dict with our names.
         wanted: The state dict of a network, on any device.
 
     Raises:
-        ValueError: Keys are missing, unexpected or of another shape; the message lists them.
+        ValueError: Keys are missing or unexpected, or have another shape. The message lists them.
     """
     counters = {key for key in wanted if key.endswith('.num_batches_tracked')}
     state_dict = {**{key: torch.tensor(0) for key in counters}, **state_dict}

@@ -1,7 +1,7 @@
-"""Turn a ResNet that somebody else built and trained into a CMR network, in place, and back.
+"""Turn a ResNet that somebody else built and trained into a CMR network, in place.
 
-timm's ``ResNet`` class (with its ResNeXt, SE, Res2Net, ResNeSt and SK kin), torchvision's and transformers' ResNets,
-and any network whose stages ``layer1`` to ``layer4`` hold blocks that hand their input to ``conv1``.
+It knows timm's ``ResNet`` class (also as ResNeXt, SE, Res2Net, ResNeSt and SK), the ResNets of torchvision and
+transformers, and any network whose stages ``layer1`` to ``layer4`` hold blocks that pass their input to ``conv1``.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
@@ -19,7 +19,7 @@ from .tim import TIM
 
 __all__ = ['retrofit']
 
-# Stages of blocks, each a (name, block).
+# A stage is a list of (name, block).
 Stages = List[List[Tuple[str, nn.Module]]]
 
 
@@ -35,45 +35,45 @@ def retrofit(
 ) -> Report:
     """Put CME and TIM in front of the residual branches of a ResNet, and SME at the end of its blocks, in place.
 
-    The network keeps its class, its parameters and their names; the layers are children ``cme``, ``tim`` and ``sme``
-    of each block, as in the ``cmr_resnet`` family, so state dicts of a retrofitted timm ResNet and of its cousin in
-    the family fit each other, but for a bias that a CME without a TIM has. It still maps frames (B*T, C, H, W) to one
-    output each: wrap it in :class:`ClipModel` to feed it clips (B, T, C, H, W). :func:`restore` gives the original
-    network back; a block that you replace takes its layers with it. Stochastic depth and DropBlock are drawn once a
-    clip from now on.
+    The network keeps its class, its parameters and their names. The layers are children ``cme``, ``tim`` and ``sme`` of
+    each block, as in the ``cmr_resnet`` family. State dicts of a retrofitted timm ResNet and of the same ResNet in the
+    family fit each other, except for the bias of a CME without a TIM.
 
-    The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves: adapters, fusing,
+    The network still maps frames (B*T, C, H, W) to one output each. Wrap it in :class:`ClipModel` to feed it clips
+    (B, T, C, H, W). :func:`restore` gives the original network back. A block that you replace takes its layers with it.
+    Stochastic depth and DropBlock are drawn once per clip from now on.
+
+    The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves. Adapters, fusing,
     quantizing, SyncBatchNorm's conversion, TorchScript and ``torch.fx`` work on them as on any network. Other blocks
-    (Res2Net, ResNeSt, SK, transformers', torchvision's quantizable ones) take the layers as in :func:`insert`, with the
-    limits it names. Compile after, not before.
+    (Res2Net, ResNeSt, SK, transformers', torchvision's quantizable ones) take the layers as :func:`insert` does, with
+    the same limits. Compile after the call, not before.
 
-    What the network computes before it is trained depends on ``start``:
+    ``start`` decides what the network computes before it is trained:
 
-    - ``'identity'``: what it computed before, bit for bit, for stills and for clips, if every CME has a TIM behind it.
-      SME starts as the identity. A gate in (0, 1) cannot, so CME starts with every gate at exactly 1/2 and TIM with
-      the single tap 2; the product is exact. Where ``tim`` leaves a CME alone, its gates start at 0.98 instead: the
-      residual branch sees 0.98 x, and the network computes nearly what it did.
-    - ``'paper'``: the layers as they start alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
-      and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2, one in eval mode does not:
+    - ``'identity'``: the same as before, bit for bit, for stills and for clips, if every CME has a TIM behind it. SME
+      starts as the identity. A gate in (0, 1) can't, so every gate of CME starts at exactly 1/2, and TIM starts with
+      the single tap 2. Their product is exact. A CME without a TIM starts with its gates at 0.98: the residual branch
+      gets 0.98 x, and the network computes nearly the same as before.
+    - ``'paper'``: the layers start as they do alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
+      and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2. One in eval mode does not, so
       train before you look at predictions.
 
     Args:
-        model: The network, or one that contains it (a segmentation net, say).
+        model: The network, or a network that contains it, such as a segmentation net.
         num_frames: Frames T of a clip.
-        cme: Blocks that take a CME: 'all', each stage's 'first', or 'none' (Table 5).
-        tim: Likewise for TIM.
-        sme: Likewise for SME.
+        cme: Blocks that take a CME: 'all', 'first' (of each stage) or 'none' (Table 5).
+        tim: Blocks that take a TIM, likewise.
+        sme: Blocks that take an SME, likewise.
         reduction: CME's reduction, r1 = r2 or (r1, r2).
         start: 'identity' or 'paper', see above.
-        example_input: Input to find the channels with, if not a zero image (1, C, 64, 64) of the first
-            convolution's C.
+        example_input: Input to find the channels with. None: a zero image (1, C, 64, 64) for the first convolution.
 
     Returns:
-        What was inserted where.
+        The inserted layers and their places.
 
     Raises:
-        ValueError: The model is no ResNet of a known layout, or holds several; it already has temporal layers; all
-            placements are 'none'; an argument is none of its choices.
+        ValueError: The model holds no ResNet of a known layout, or several. It already has temporal layers. All
+            placements are 'none'. An argument is none of its choices.
         TypeError: model is no module or a compiled one, or example_input is no tensor.
 
     Example:
@@ -97,7 +97,7 @@ def retrofit(
         blocks = {name: block for stage in stages for name, block in stage}
         entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
         if example_input is None:
-            example_input = zero_image(model, (64, 64))  # shows the channels as well as a large one
+            example_input = zero_image(model, (64, 64))  # a small one shows the channels, too
         calls = probe(model, {**blocks, **entries}, example_input)
 
         made: Dict[str, Dict[str, ClipLayer]] = {}
@@ -147,7 +147,7 @@ def _check_untouched(model: nn.Module) -> None:
 
 
 def _layer_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
-    """timm, torchvision, mmpretrain: layer1 to layer4 of blocks. A pruned timm network has empty ones."""
+    """Stages of timm, torchvision and mmpretrain: layer1 to layer4. They may be empty in a pruned timm network."""
     names = [f'layer{i}' for i in range(1, 5)]
     if not all(isinstance(getattr(host, name, None), nn.Sequential) for name in names):
         return None
@@ -155,7 +155,7 @@ def _layer_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
 
 
 def _encoder_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
-    """transformers: encoder.stages, each with layers."""
+    """Stages of transformers: encoder.stages, each with layers."""
     stages = getattr(getattr(host, 'encoder', None), 'stages', None)
     layers = [getattr(stage, 'layers', None) for stage in stages] if isinstance(stages, nn.ModuleList) else [None]
     return [
@@ -163,7 +163,7 @@ def _encoder_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
         for i, stage in enumerate(layers) if isinstance(stage, nn.Module)] or None
 
 
-# Layout, the child of a block that begins its residual branch, and how to list the stages.
+# The layout, the child of a block that begins its residual branch, and the function that lists the stages.
 _LAYOUTS = (
     ('layer1 to layer4', 'conv1', _layer_stages),
     ('encoder.stages', 'layer', _encoder_stages),

@@ -1,8 +1,8 @@
-"""Save and load what :func:`retrofit`, :func:`insert` and :class:`ClipModel` made of an image network.
+"""Save and load a network that :func:`retrofit`, :func:`insert` or :class:`ClipModel` made of an image network.
 
-A folder of two files: ``model.safetensors`` has the weights, ``config.json`` says what network they belong to and which
-layers stand where in it. timm's own ``save_for_hf`` writes the image network's name only, and its loader may drop the
-temporal layers without a word; so it is given a name that it refuses.
+A saved network is a folder of two files. ``model.safetensors`` has the weights. ``config.json`` names the network, its
+layers and their places. timm's own ``save_for_hf`` would write the name of the image network only, and its loader could
+drop the temporal layers without a word. A changed network therefore has a name that timm's loader refuses.
 """
 import hashlib
 import json
@@ -31,19 +31,19 @@ _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None:
     """Save a network with its temporal layers, for :func:`load_model`.
 
-    What it computes is saved, in any mode and on any device; not what training needs besides: which parameters are
-    frozen, gradient checkpointing, the optimizer.
+    It saves what the network computes, in any mode and on any device. It does not save the state of training: frozen
+    parameters, gradient checkpointing, the optimizer.
 
     Args:
-        model: What :func:`retrofit` or :func:`insert` changed, a :class:`ClipModel` around it or around any image
-            network, or a network of the ``cmr_resnet`` family. Of a training loop's wrappers (DDP, ``torch.compile``)
-            pass what is in them.
-        folder: Where ``config.json`` and ``model.safetensors`` go. It is made if it is not there; these two files are
+        model: A network that :func:`retrofit` or :func:`insert` changed, a :class:`ClipModel` around it or around any
+            image network, or a network of the ``cmr_resnet`` family. If it is wrapped for training (DDP,
+            ``torch.compile``), pass the network inside.
+        folder: Folder for ``config.json`` and ``model.safetensors``. It is created if needed. The two files are
             overwritten.
 
     Raises:
-        ValueError: The network is not what timm and these layers build: a layer of another class than CME, SME and TIM,
-            folded batch norms, adapters, parts that were replaced.
+        ValueError: timm and these layers can't build the network: it has a layer of another class than CME, SME and
+            TIM, folded batch norms, adapters, or parts that were replaced.
         RuntimeError: A layer is not at its place any more (see :func:`insert`).
         TypeError: model is no module, or a compiled or otherwise wrapped one.
 
@@ -79,28 +79,28 @@ def save_model(model: nn.Module, folder: Union[str, 'os.PathLike[str]']) -> None
     save_file(weights, path / f'{_WEIGHTS}.part', metadata={'format': 'pt'})
     config['sha256'] = _digest(path / f'{_WEIGHTS}.part', config)
     (path / f'{_CONFIG}.part').write_text(json.dumps(config, indent=1))
-    for name in (_WEIGHTS, _CONFIG):  # an interrupted call leaves the old files, or two that load_model() refuses
+    for name in (_WEIGHTS, _CONFIG):  # an interrupted call leaves the old files, or a pair that load_model() refuses
         os.replace(path / f'{name}.part', path / name)
 
 
 def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module] = None) -> nn.Module:
-    """Load what :func:`save_model` saved, bit for bit.
+    """Load a network that :func:`save_model` saved, bit for bit.
 
-    The folder is data: nothing in it is run, and no other file is read.
+    Nothing in the folder is run, and no other file is read.
 
     Args:
         folder: The folder.
-        model: The image network without temporal layers, built as the saved one was; it is changed in place. Needed
-            only for a network that timm did not build, or built with arguments that JSON can't hold, such as classes.
-            Its own weights do not matter.
+        model: The image network without temporal layers, built like the saved one. It is changed in place, and its own
+            weights do not matter. It is needed only if timm did not build the network, or built it with arguments that
+            JSON can't hold, such as classes.
 
     Returns:
-        The network in eval mode, on the CPU, in the saved dtype; a :class:`ClipModel` if that was saved.
+        The network in eval mode, on the CPU, in the saved dtype; a :class:`ClipModel` if one was saved.
 
     Raises:
         FileNotFoundError: One of the two files is missing.
-        ValueError: They do not fit each other, or the network does not fit them, in its class, its modules, its keys or
-            its shapes; the network is needed and not given. A model that was given is as it was, then.
+        ValueError: The files do not fit each other, or the network does not fit them in its class, modules, keys or
+            shapes, or model is needed and not given. A given model stays as it was.
         TypeError: model is no module or a compiled one.
     """
     path = Path(folder)
@@ -125,7 +125,7 @@ def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module
                 f'timm can not build the {config["timm"]["name"]} of folder={os.fspath(folder)!r}: {error}') from error
     with all_or_nothing(network):
         put_in(network, config)
-        if model is not None:  # timm may give a part of its own another name some day
+        if model is not None:  # not for timm's own networks, as timm may rename a part some day
             check_modules(config, modules(network), 'model=', 'pass model= built as the saved network was')
         _check_keys(config['network'], network, weights)
         _load(network, weights)
@@ -134,7 +134,7 @@ def load_model(folder: Union[str, 'os.PathLike[str]'], model: Optional[nn.Module
 
 
 def _read(path: Path) -> Tuple[Config, Dict[str, Tensor]]:
-    """The two files, if they are whole and belong together."""
+    """Read the two files, which must be whole and belong together."""
     for name in (_CONFIG, _WEIGHTS):
         if not (path / name).is_file():
             raise FileNotFoundError(
@@ -156,7 +156,7 @@ def _read(path: Path) -> Tuple[Config, Dict[str, Tensor]]:
 
 
 def _weights(network: nn.Module) -> Dict[str, Tensor]:
-    """The state dict and what it leaves out, buffers that are not persistent, as safetensors takes it."""
+    """The state dict and the buffers that are not persistent, as safetensors takes them."""
     weights: Dict[str, Tensor] = {}
     seen = set()
     for key, value in {**dict(network.named_buffers()), **network.state_dict()}.items():
@@ -170,7 +170,7 @@ def _weights(network: nn.Module) -> Dict[str, Tensor]:
 
 
 def _load(network: nn.Module, weights: Dict[str, Tensor]) -> None:
-    """Give the network the weights, dtype and all. What was one parameter under several names stays one."""
+    """Give the network the weights with their dtypes. A parameter with several names stays one parameter."""
     first: Dict[int, str] = {}
     tied = {name: first.setdefault(id(p), name) for name, p in network.named_parameters(remove_duplicate=False)}
     state = network.state_dict().keys()
@@ -198,7 +198,7 @@ def _check_keys(kind: str, network: nn.Module, weights: Dict[str, Tensor]) -> No
 
 
 def _digest(path: Path, config: Config) -> str:
-    """Of the weights' file and the config, but for the digest in it."""
+    """The digest of the file of weights and of the config without its digest."""
     rest = {key: value for key, value in config.items() if key != 'sha256'}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     with open(path, 'rb') as file:

@@ -1,7 +1,7 @@
-"""torchvision's residual blocks with the temporal layers: what :func:`cmr_layers.retrofit` makes of those it finds.
+"""torchvision's residual blocks with the temporal layers. :func:`cmr_layers.retrofit` makes them.
 
-Nobody builds these; a block of torchvision's becomes one of them and keeps its parts. They have other names than timm's
-and one ReLU for all places; otherwise see :mod:`.block`.
+Nobody builds these blocks. A block of torchvision becomes one of them and keeps its parts. Other than in timm's blocks,
+one ReLU serves all places. :mod:`.block` has timm's.
 """
 from typing import TYPE_CHECKING, Optional
 

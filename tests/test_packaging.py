@@ -72,7 +72,7 @@ def test_wheel_declares_what_it_needs(wheel):
     assert sorted(need.split('>')[0] for need in core) == ['einops', 'timm', 'torch']
     assert metadata['License-Expression'] == 'Apache-2.0'
     assert metadata['Version'] == cmr_layers.__version__
-    assert {'video', 'quickstart', 'export', 'bench', 'test'} == set(metadata.get_all('Provides-Extra'))
+    assert {'video', 'quickstart', 'export', 'bench', 'docs', 'test'} == set(metadata.get_all('Provides-Extra'))
 
 
 def test_wheel_runs_where_no_extra_is_installed(wheel, tmp_path):

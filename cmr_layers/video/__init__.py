@@ -1,6 +1,6 @@
-"""A clip from a video: sample frames with PyAV, resize and normalise them for a model.
+"""Read a clip from a video with PyAV, then resize and normalise it for a model.
 
-Needs the extra: ``pip install "cmr-layers[video]"``.
+It needs the extra ``[video]``.
 """
 from .clip import Clip, read_clip
 from .decode import MAX_CLIP_PIXELS, MAX_PIXELS

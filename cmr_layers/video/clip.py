@@ -1,4 +1,4 @@
-"""Read a clip: T frames of a video file or of a folder of pictures, and when they are shown."""
+"""Read a clip: T frames of a video file or of a folder of pictures, and their times."""
 import operator
 from fractions import Fraction
 from typing import Any, Iterable, List, NamedTuple, Optional, Tuple
@@ -18,25 +18,25 @@ __all__ = ['Clip', 'read_clip']
 
 
 class Clip(NamedTuple):
-    """What :func:`read_clip` returns.
+    """A clip that :func:`read_clip` read.
 
     Attributes:
         frames: uint8 RGB, (T, 3, H, W), as torchvision's transforms take a video.
-        times: Seconds of each frame since the first frame of the video, T of them.
+        times: T times in seconds, counted from the first frame of the video.
     """
     frames: Tensor
     times: List[float]
 
 
 class _Window(NamedTuple):
-    """Which frames are asked for."""
+    """The frames that are asked for."""
     begin: Seconds
     end: Seconds
     even: str
     num_frames: int
 
     def sample(self, name: str, times: List[Fraction], last: Fraction) -> List[int]:
-        """Indices of the frames of a clip; the video ends at last."""
+        """Indices of the frames of a clip. The video ends at ``last``."""
         inside = [i for i, time in enumerate(times) if in_window(time, self.begin, self.end)]
         if not inside:
             raise ValueError(
@@ -65,42 +65,43 @@ def read_clip(
 ) -> Clip:
     """Sample a clip from a video, evenly over it or a window of it (see :func:`sample_indices`).
 
-    A file is decoded twice. Containers are often wrong about their number of frames, so the first pass counts what
-    really decodes and the second keeps the frames of the clip: memory stays at T frames however long the video is.
-    Frames that do not decode or that FFmpeg flags as corrupt are skipped, like the missing end of a truncated file.
+    A file is decoded twice, as containers are often wrong about their number of frames. The first pass counts the
+    frames that decode. The second pass keeps the frames of the clip, so memory stays at T frames for a video of any
+    length. Frames that do not decode, or that FFmpeg flags as corrupt, are skipped. So is the missing end of a
+    truncated file.
 
     FFmpeg gets the bytes of this one file and nothing else: no name, no network, no other file. Playlists and other
-    formats that refer to more files are refused, and so is what is not a regular file.
+    formats that refer to more files are refused. So is everything but regular files.
 
-    Times count from the first frame and are exact until they are returned. Where the clock of a file steps back, as
-    where recordings were joined, it goes on one frame after the last. A bound of the window is compared as the number
-    it is: ``start=0.1`` includes a frame at 1/10 s.
+    Times count from the first frame and are exact until they are returned. If the clock of a file steps back, for
+    example where recordings were joined, it goes on one frame after the last. ``start`` and ``end`` mean the decimal
+    numbers that you write: ``start=0.1`` includes a frame at 1/10 s.
 
     Args:
-        source: Path of a video file of any common format; of a folder with a picture per frame, in the order of the
-            numbers in their names; or a binary file, such as ``BytesIO``, which is read from its beginning and left
-            open and where it was.
-        num_frames: Frames T of a clip. Of a video with fewer, frames repeat.
-        start: Begin of the window in seconds since the video's first frame; None is 0.
-        end: End of the window, not included; None is the video's end.
-        even: ``'frames'`` takes the middle of T equal numbers of frames, as TSN does; ``'time'`` the frame shown in
-            the middle of T equal spans of time. They differ where the frame rate varies.
-        rate: Frames per second of a folder; None is 1, so that times are indices.
-        stream: Which of a file's video streams, from 0; None is the one flagged as default, among several the
-            largest, and never cover art.
-        max_pixels: Pixels of a frame, at most. A larger one is not decoded.
-        max_clip_pixels: num_frames times the pixels of a frame, at most.
+        source: Path of a video file of any common format; path of a folder with one picture per frame, in the order of
+            the numbers in their names; or a binary file, such as ``BytesIO``. A binary file is read from its beginning
+            and stays open, at the position that it had.
+        num_frames: Frames T of a clip. If the video has fewer, frames repeat.
+        start: Start of the window in seconds since the video's first frame. None is 0.
+        end: End of the window, not included. None is the end of the video.
+        even: ``'frames'`` takes the middle frame of T segments of equal length in frames, as TSN does. ``'time'`` takes
+            the frame that is shown in the middle of T equal spans of time. They differ if the frame rate varies.
+        rate: Frames per second of a folder. None is 1, so that times are indices.
+        stream: Index of a video stream of the file, from 0. None prefers a stream flagged as default, then the largest.
+            It never takes cover art.
+        max_pixels: Limit for the pixels of a frame. A larger frame is not decoded.
+        max_clip_pixels: Limit for num_frames times the pixels of a frame.
 
     Returns:
-        The clip's frames, turned and mirrored as the file says, and their times. A video that changes its size is
-        scaled to that of the clip's first frame; angles are rounded to 90 degrees.
+        The frames, turned and mirrored as the file says, and their times. If the video changes its size, its frames are
+        scaled to the size of the clip's first frame. Angles are rounded to 90 degrees.
 
     Raises:
         ImportError: PyAV is missing.
         FileNotFoundError: There is no such file.
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
         TypeError: source is no path and no binary file.
-        ValueError: The file is no video, not a frame of it decodes, no frame lies in the window, a limit is exceeded,
+        ValueError: The file is no video, none of its frames decodes, no frame lies in the window, a limit is exceeded,
             or an argument is out of its range.
 
     Example:
@@ -144,7 +145,7 @@ def _read_file(video: Video, window: _Window) -> Clip:
 
 
 def _read_folder(source: Any, window: _Window, limits: Limits, rate: Optional[float]) -> Clip:
-    """As many frames as pictures. Only those of the clip are read, so a damaged one is an error."""
+    """Read a folder: one frame per picture. Only the pictures of the clip are read, and a damaged one is an error."""
     period = 1 / _check_rate(rate)
     paths = list_pictures(source)
     times = [i * period for i in range(len(paths))]
@@ -162,14 +163,14 @@ def _read_folder(source: Any, window: _Window, limits: Limits, rate: Optional[fl
 
 
 class _Result:
-    """The clip's pixels, allocated once, when the size of its first frame is known."""
+    """The pixels of a clip, allocated when the size of its first frame is known."""
 
     def __init__(self, limits: Limits, name: str) -> None:
         self.limits, self.name = limits, name
         self.pixels: Optional[np.ndarray[Any, Any]] = None
 
     def put(self, frame: Any, at: Iterable[int]) -> None:
-        """Keep a frame, at each of some places of the clip."""
+        """Keep a frame at some places of the clip."""
         try:
             image = picture(frame, None if self.pixels is None else self._size())
         except import_av().error.FFmpegError as error:
@@ -194,7 +195,7 @@ class _Result:
 
 
 def _check_decoded(video: Video, anything: bool) -> None:
-    """Raise a ValueError that says why, if nothing decoded or FFmpeg refused a frame for its size, not for damage."""
+    """Raise a ValueError with the reason if nothing decoded, or if FFmpeg refused a frame for its size."""
     if anything and video.reason is None:
         return
     said, name = video.complaints(), video.reader.label

@@ -1,4 +1,4 @@
-"""When each frame is shown, from what a file says about it."""
+"""The time at which each frame is shown, from the time stamps in the file."""
 from fractions import Fraction
 from itertools import pairwise
 from typing import List, Optional, Sequence
@@ -12,24 +12,24 @@ def presentation_times(
         time_base: Fraction,
         period: Fraction,
 ) -> List[Fraction]:
-    """Seconds of each frame since the first, never descending, exact.
+    """Exact seconds of each frame since the first one, never descending.
 
-    A decoder returns frames in the order they are shown. Their time stamps may say otherwise:
+    A decoder returns frames in the order in which they are shown. Their time stamps may disagree:
 
-    - AVI has none for the presentation, and what FFmpeg makes up for B-frames jumps back and forth. As FFmpeg's own
-      ``best_effort_timestamp`` does, the time stamps of decoding are taken where they step back less often.
-    - A clock that steps back has restarted, as where recordings are joined. The new one goes on where the old one
-      ended, one period after its last frame.
-    - A frame without a time stamp is shown one period after the one before.
+    - AVI has no time stamps of presentation, and those that FFmpeg invents for B-frames jump back and forth. If the
+      time stamps of decoding step back less often, they are used instead, as in FFmpeg's own ``best_effort_timestamp``.
+    - A clock that steps back has restarted, for example where recordings were joined. The new clock goes on one period
+      after the last frame of the old one.
+    - A frame without a time stamp is shown one period after the frame before it.
 
     Args:
         pts: Time stamp of presentation of each frame.
-        dts: Time stamp of decoding of the packet it came with.
-        time_base: Seconds of a tick of both.
-        period: Seconds from a frame to the next, where nothing else says it.
+        dts: Time stamp of decoding of the packet of each frame.
+        time_base: Seconds per tick of both.
+        period: Seconds from a frame to the next, used where the time stamps do not tell.
 
     Returns:
-        As many times as frames, the first of them 0.
+        One time per frame. The first is 0.
 
     Example:
         >>> seconds = presentation_times([7, 8, 0, 1], [None] * 4, time_base=Fraction(1, 2), period=Fraction(1, 2))

@@ -1,4 +1,4 @@
-"""Frames of one file, decoded by FFmpeg through PyAV, with everything else that FFmpeg could open turned off."""
+"""Decode the frames of one file with FFmpeg through PyAV, and keep FFmpeg from opening anything else."""
 import errno
 import os
 from contextlib import contextmanager
@@ -11,13 +11,13 @@ from .source import Reader
 
 __all__ = ['MAX_CLIP_PIXELS', 'MAX_PIXELS', 'Limits', 'Video', 'import_av']
 
-#: Pixels of a frame, at most: 8K (7680x4320) has fewer.
+#: Limit for the pixels of a frame. 8K (7680x4320) has fewer.
 MAX_PIXELS = 2 ** 25
-#: Pixels of a clip, num_frames times those of a frame, at most: 1.6 GB as RGB, or 258 frames of 1080p.
+#: Limit for the pixels of a clip, num_frames times the pixels of a frame: 1.6 GB as RGB, or 258 frames of 1080p.
 MAX_CLIP_PIXELS = 2 ** 29
 
-# A list of what is read, not of what is not: the next FFmpeg brings new playlists. All of these are one file with
-# everything in it; HLS, DASH, concat, SDP, image sequences and the like are missing on purpose.
+# The list names the formats that are read, as the next FFmpeg may bring new playlists. Each is one file with everything
+# in it. HLS, DASH, concat, SDP, image sequences and the like are left out on purpose.
 FORMATS = (
     # containers
     'mov', 'matroska', 'avi', 'mpegts', 'mpeg', 'flv', 'asf', 'ogg', 'nut', 'mxf', 'gxf', 'rm', 'wtv', 'dv', 'dhav',
@@ -32,16 +32,16 @@ FORMATS = (
     'aac', 'ac3', 'aiff', 'ape', 'flac', 'mp3', 'wav', 'w64', 'wv',
 )
 
-# What FFmpeg logs since codec_whitelist keeps it from decoding while it opens a file
+# FFmpeg logs these lines because codec_whitelist keeps it from decoding while it opens a file
 OF_THE_WHITELIST = ('not on whitelist', 'avformat_find_stream_info', 'codec parameters', 'Consider increasing')
 
 
 class Limits:
-    """How large a frame and a clip may be.
+    """Limits for the size of a frame and of a clip.
 
     Args:
-        max_pixels: Pixels of a frame, at most.
-        max_clip_pixels: num_frames times the pixels of a frame, at most.
+        max_pixels: Limit for the pixels of a frame.
+        max_clip_pixels: Limit for num_frames times the pixels of a frame.
         num_frames: Frames T of a clip.
 
     Raises:
@@ -66,18 +66,18 @@ class Limits:
 
 
 class Video:
-    """A file that can be decoded again and again, every time to the same frames.
+    """A file that can be decoded several times, always to the same frames.
 
     Args:
         reader: The file.
-        limits: How large its frames may be.
-        stream: Which of its video streams; None is the best.
+        limits: Limits for the size of its frames.
+        stream: Index of a video stream. None takes the best.
 
     Attributes:
-        reason: What FFmpeg said last of what does not decode; None if everything did.
-        corrupt: How many frames were skipped since FFmpeg flags them or their packets.
-        time_base: Seconds of a tick of the frames' time stamps.
-        period: Seconds of a frame.
+        reason: FFmpeg's last error of decoding. None if there was none.
+        corrupt: Number of frames that were skipped because FFmpeg flags them or their packets.
+        time_base: Seconds per tick of the frames' time stamps.
+        period: Seconds per frame.
     """
 
     def __init__(self, reader: Reader, limits: Limits, stream: Optional[int] = None) -> None:
@@ -90,28 +90,28 @@ class Video:
         self.time_base, self.period = Fraction(1), Fraction(1, 25)
 
     def frames(self) -> Iterator[Any]:
-        """Every frame that decodes and is not flagged as corrupt, in the order it is shown.
+        """Every frame that decodes and is not flagged as corrupt, in the order in which they are shown.
 
         Raises:
             ValueError: FFmpeg cannot read the file, it holds no video, or a frame is too large.
         """
         label, self.corrupt = self.reader.label, 0
-        # Time stamps of MPEG are right only if FFmpeg decodes some frames while it opens the file, which it must not do
-        # before their size is known: from headers and parsers
+        # Time stamps of MPEG are right only if FFmpeg decodes some frames while it opens the file. It must not do so
+        # before the size is known. So the size is read first, from headers and parsers.
         with self._open(codec_whitelist='none') as container:
             self._choose(container)
         with self._open() as container:
             stream = self._choose(container)
             self.time_base = stream.time_base or Fraction(1)
             self.period = 1 / Fraction(stream.average_rate or stream.guessed_rate or 25)
-            # Threads by slice, not by frame: those lose frames next to damaged ones, and each has frames of its own
+            # threads by slice: threads by frame lose frames next to damaged ones, and each holds frames of its own
             stream.thread_type, stream.thread_count = 'SLICE', self.threads
             stream.codec_context.options = {
                 'max_pixels': self._max_pixels,
-                # H.264 that does not say how far its frames are out of order: wait for all there can be
+                # if H.264 does not say how far its frames are out of order, wait for the largest distance
                 'strict': '1',
             }
-            flagged: Set[int] = set()  # a packet that FFmpeg flags is decoded, for the sake of those predicted from it
+            flagged: Set[int] = set()  # a flagged packet is decoded all the same, as others are predicted from it
             for packet in self._packets(container, stream):
                 if packet is not None and packet.is_corrupt and packet.pts is not None:
                     flagged.add(packet.pts)
@@ -129,10 +129,10 @@ class Video:
                         yield frame
 
     def complaints(self) -> List[str]:
-        """What FFmpeg logs while it decodes the file: there it says why, in its errors only that."""
+        """The lines that FFmpeg logs while it decodes the file. They name the reason, which its errors do not."""
         logging = self.av.logging
         level, threads = logging.get_level(), self.threads
-        self.threads = 1  # PyAV's log can wait forever for FFmpeg's threads, and they for it
+        self.threads = 1  # with more, PyAV's log and FFmpeg's threads can wait for each other forever
         logging.set_level(logging.WARNING)
         try:
             with logging.Capture() as logs:
@@ -146,7 +146,7 @@ class Video:
 
     @property
     def _max_pixels(self) -> str:
-        """For what FFmpeg allocates before a frame is there to be checked. Coded sizes are rounded up."""
+        """Limit for FFmpeg's own allocations, before a frame can be checked. FFmpeg rounds coded sizes up."""
         return str(2 * self.limits.max_pixels + 2 ** 20)
 
     @contextmanager
@@ -157,7 +157,7 @@ class Video:
         label = self.reader.label
         self.reader.seek(0)
         options = {'format_whitelist': ','.join(FORMATS), 'protocol_whitelist': 'none', **options}
-        # PyAV 14.1 frees what is not its own when it gets options for streams that appear while FFmpeg looks for them
+        # PyAV 14.1 frees memory that is not its own if it has options for streams that FFmpeg finds later
         codec_options = {'max_pixels': self._max_pixels} if int(self.av.__version__.split('.')[0]) >= 18 else None
         try:
             container = self.av.open(
@@ -165,7 +165,7 @@ class Video:
                 io_open=refuse)
         except self.av.error.FFmpegError as error:
             self.reader.check()
-            if error.errno == errno.EINVAL:  # what the whitelist answers
+            if error.errno == errno.EINVAL:  # the answer of the whitelist
                 raise ValueError(
                     f'{label} is not a video that FFmpeg can read here: playlists, scripts and other formats that '
                     f'refer to more files are refused ({error.strerror}); wanted a video in one file') from error
@@ -176,10 +176,10 @@ class Video:
             yield container
 
     def _choose(self, container: Any) -> Any:
-        """The stream asked for, or the best: no cover art, the default before others, the largest of those.
+        """The stream asked for, or the best one: no cover art, default streams first, then the largest.
 
         Raises:
-            ValueError: There is none, it cannot be decoded, or its frames are too large.
+            ValueError: There is no such stream, it cannot be decoded, or its frames are too large.
         """
         stream = self._best(container)
         if stream.codec_context is None:
@@ -207,13 +207,13 @@ class Video:
         return max(films, key=lambda s: (bool(s.disposition & flags.default), _pixels(s), -s.index))
 
     def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
-        """The packets of a stream, up to where the file can no longer be read, and the one that flushes the decoder."""
+        """The packets of a stream, as far as the file can be read, and then the one that flushes the decoder."""
         try:
             yield from container.demux(stream)
         except self.av.error.FFmpegError as error:
             self.reason = error.strerror
             yield None
-        self.reader.check()  # a disk that fails is no end of the file
+        self.reader.check()  # a failing disk is not the end of the file
 
 
 def _pixels(stream: Any) -> int:
@@ -222,7 +222,7 @@ def _pixels(stream: Any) -> int:
 
 
 def import_av() -> Any:
-    """PyAV, which is of an extra."""
+    """Import PyAV, which comes with the extra ``[video]``."""
     try:
         import av
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""What an MP4 says about itself, checked before FFmpeg believes it.
+"""Check the tables of an MP4 before FFmpeg believes them.
 
-FFmpeg allocates some 70 bytes for every sample that the tables of an MP4 declare, and a table of samples of one size
-is 20 bytes long however many it declares: a file of 3 KB could take 7 GB.
+FFmpeg allocates some 70 bytes for every sample that the tables of an MP4 declare. A table of samples of one size is 20
+bytes long and can declare any number of them. A file of 3 KB could take 7 GB.
 """
 import struct
 from typing import Iterator, Tuple
@@ -11,7 +11,7 @@ from .source import Reader
 __all__ = ['check_movie']
 
 CONTAINERS = (b'moov', b'trak', b'mdia', b'minf', b'stbl', b'moof', b'traf')
-DEPTH = 10  # as deep as FFmpeg looks
+DEPTH = 10  # FFmpeg looks as deep
 
 
 def check_movie(reader: Reader) -> None:

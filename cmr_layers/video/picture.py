@@ -1,11 +1,11 @@
-"""A decoded frame as the picture that a player shows."""
+"""Turn a decoded frame into the picture that a player shows."""
 from typing import Any, Optional, Tuple
 
 import numpy as np
 
 __all__ = ['picture']
 
-# Numbers a, b, c, d of a display matrix: a point (x, y) of the frame is shown at (a x + c y, b x + d y)
+# The numbers a, b, c, d of a display matrix: a point (x, y) of the frame is shown at (a x + c y, b x + d y)
 Turn = Tuple[float, float, float, float]
 UPRIGHT: Turn = (1, 0, 0, 1)
 
@@ -14,8 +14,8 @@ def picture(frame: Any, shape: Optional[Tuple[int, int]] = None) -> 'np.ndarray[
     """A frame as RGB, turned and mirrored by its display matrix.
 
     Args:
-        frame: Frame of PyAV's.
-        shape: Height and width to scale to, if the video has changed its size; None is the frame's own.
+        frame: A frame of PyAV.
+        shape: Height and width to scale to. None keeps the size of the frame.
 
     Shapes:
         Returns uint8 (3, H, W), a view.
@@ -32,7 +32,7 @@ def picture(frame: Any, shape: Optional[Tuple[int, int]] = None) -> 'np.ndarray[
 def _turn(frame: Any) -> Turn:
     try:
         matrix = frame.side_data.get('DISPLAYMATRIX')
-    except ValueError:  # PyAV lists all side data, and does not know the newest kinds
+    except ValueError:  # PyAV lists all side data and does not know the newest kinds
         return _rotation(frame.rotation)
     if matrix is None:
         return UPRIGHT

@@ -1,4 +1,4 @@
-"""Which frames a clip takes: those in a window, spread evenly over its frames or over its time."""
+"""Choose the frames of a clip, evenly over the frames of a window or over its time."""
 import math
 from bisect import bisect_right
 from fractions import Fraction
@@ -15,16 +15,16 @@ Seconds = Union[float, 'np.floating[Any]']
 
 
 def sample_indices(num_available: int, num_frames: int = 8) -> List[int]:
-    """Indices of T frames spread over N: the middle of each of T equal segments, floor((t + 1/2) N / T).
+    """Indices of T frames out of N: the middle of each of T equal segments, floor((t + 1/2) N / T).
 
-    This is how TSN and TSM sample for testing. With N < T an index repeats.
+    TSN and TSM sample like this for testing. If N < T, indices repeat.
 
     Args:
-        num_available: Frames N that there are.
+        num_available: Number N of frames to choose from.
         num_frames: Frames T of a clip.
 
     Returns:
-        T indices in [0, N), ascending.
+        T ascending indices in [0, N).
 
     Raises:
         ValueError: An argument is no positive int.
@@ -38,17 +38,17 @@ def sample_indices(num_available: int, num_frames: int = 8) -> List[int]:
 
 
 def sample_times(times: Sequence[Fraction], end: Fraction, num_frames: int) -> List[int]:
-    """Indices of the frames shown in the middle of each of T equal spans of time, from times[0] to end.
+    """Indices of the frames that are shown in the middle of T equal spans of time, from times[0] to end.
 
-    At a constant rate they are those of :func:`sample_indices`.
+    At a constant rate :func:`sample_indices` gives the same.
 
     Args:
-        times: When each frame appears, ascending.
-        end: When the last one disappears.
+        times: Times at which the frames appear, ascending.
+        end: Time at which the last frame disappears.
         num_frames: Frames T of a clip.
 
     Returns:
-        T indices, ascending.
+        T ascending indices.
 
     Example:
         >>> seconds = [Fraction(0), Fraction(1), Fraction(2), Fraction(9)]  # the third stays for 7 seconds
@@ -61,7 +61,7 @@ def sample_times(times: Sequence[Fraction], end: Fraction, num_frames: int) -> L
 
 
 def check_seconds(name: str, value: Any) -> Seconds:
-    """Return value as a float, or as the numpy float it is, or raise a ValueError that names the argument."""
+    """Return value as a float or a numpy float, or raise a ValueError that names the argument."""
     number = math.nan
     real = isinstance(value, Real) or not isinstance(value, Complex)
     if real and not isinstance(value, (bool, np.bool_)) and hasattr(type(value), '__float__'):
@@ -75,9 +75,10 @@ def check_seconds(name: str, value: Any) -> Seconds:
 
 
 def in_window(time: Fraction, begin: Seconds, end: Seconds) -> bool:
-    """Whether begin <= time < end, with the time rounded as the bounds were.
+    """Whether begin <= time < end, with the time rounded to the type of the bounds.
 
-    A frame at 1/10 s is at 0.1 s, although the float 0.1 is a little more than a tenth, and at ``np.float32(0.1)``.
+    A frame at 1/10 s is at 0.1 s, although the float 0.1 is a little more than a tenth. It is also at
+    ``np.float32(0.1)``.
     """
     seconds = float(time)
     return bool(type(begin)(seconds) >= begin and type(end)(seconds) < end)

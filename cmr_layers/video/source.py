@@ -1,7 +1,7 @@
-"""Where a video comes from: one regular file, opened by us, or a folder of pictures.
+"""Open the source of a video: one regular file, or a folder of pictures.
 
-FFmpeg opens what a name or a file tells it to: ``http://...``, ``concat:...``, ``frame%d.jpg``, the entries of a
-playlist. So it never gets a name here, only the bytes of a file of a size that is known.
+FFmpeg opens whatever a name or a file tells it to: ``http://...``, ``concat:...``, ``frame%d.jpg``, the entries of a
+playlist. Here it never gets a name. It gets the bytes of one file of known size.
 """
 import io
 import os
@@ -18,16 +18,16 @@ PICTURES = ('.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp')
 
 
 class Reader:
-    """The file that FFmpeg sees: without a name, and of the size it had when it was opened.
+    """The file that FFmpeg reads. It has no name, and its size is the size at opening.
 
-    An error ends the file for FFmpeg, through which not every PyAV lets one pass. :meth:`check` raises it.
+    An error ends the file for FFmpeg, as not every PyAV passes errors on. :meth:`check` raises it.
 
     Args:
         file: Binary file that can seek.
-        label: What errors call it.
+        label: Name of the file in errors.
 
     Raises:
-        TypeError: The file gives no bytes.
+        TypeError: The file returns no bytes.
         ValueError: It cannot seek.
     """
 
@@ -50,7 +50,7 @@ class Reader:
             return b''
         try:
             data: Any = self.file.read(size)
-            if not isinstance(data, bytes) or len(data) > size:  # PyAV copies what it gets, however much that is
+            if not isinstance(data, bytes) or len(data) > size:  # PyAV copies all that it gets
                 got = f'{len(data)} bytes' if isinstance(data, bytes) else type(data).__name__
                 raise TypeError(f'{self.label} must be a binary file; read({size}) returned {got}')
         except Exception as error:
@@ -62,9 +62,9 @@ class Reader:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         position: int = offset + (0, self.position, self.size)[whence]
         if position < 0:
-            return -1  # as FFmpeg wants it: damaged files point anywhere
+            return -1  # FFmpeg expects -1; damaged files point anywhere
         try:
-            self.file.seek(min(position, self.size))  # damaged files point where no file can be
+            self.file.seek(min(position, self.size))  # a damaged file may point where no file can seek
         except Exception as error:
             self.error = error
             return -1
@@ -72,7 +72,7 @@ class Reader:
         return position
 
     def check(self) -> None:
-        """Raise the error that reading met, if any."""
+        """Raise the error that occurred in reading, if any."""
         if self.error is not None:
             raise self.error
 
@@ -81,7 +81,7 @@ class Reader:
 
 
 def label(source: Any) -> str:
-    """What errors call a source."""
+    """Name of a source in errors."""
     if isinstance(source, (str, bytes, os.PathLike)):
         return f'source={os.fspath(source)!r:.199}'
     name = getattr(source, 'name', None)
@@ -90,13 +90,13 @@ def label(source: Any) -> str:
 
 @contextmanager
 def open_source(source: Any) -> Iterator[Optional[Reader]]:
-    """Open a source for reading; None is a folder.
+    """Open a source for reading. Yields None for a folder.
 
-    A file that the caller opened stays open, and where it was.
+    A file that the caller opened stays open, at the position that it had.
 
     Raises:
         FileNotFoundError: There is no such file.
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
         TypeError: source is neither a path nor a binary file.
         ValueError: It is no regular file, or cannot seek.
     """
@@ -111,12 +111,12 @@ def open_source(source: Any) -> Iterator[Optional[Reader]]:
     if stat.S_ISDIR(mode):
         yield None
         return
-    _check_regular(mode, label(source))  # before it is opened, since opening alone can block or rewind a tape
+    _check_regular(mode, label(source))  # before opening, as opening can block or rewind a tape
     with _named_errors(label(source)):
         descriptor = os.open(source, sum(
             getattr(os, flag, 0) for flag in ('O_RDONLY', 'O_NONBLOCK', 'O_BINARY', 'O_CLOEXEC')))
     with open(descriptor, 'rb') as file:
-        _check_regular(os.fstat(descriptor).st_mode, label(source))  # what it is may have changed
+        _check_regular(os.fstat(descriptor).st_mode, label(source))  # the file may have been replaced in between
         yield Reader(file, label(source))
 
 
@@ -128,7 +128,7 @@ def _named_errors(name: str) -> Iterator[None]:
         hint = ' (addresses are not opened: download it first)' if '://' in name else ''
         raise FileNotFoundError(f'{name} does not exist; wanted a video file{hint}') from error
     except OSError as error:
-        # OSError makes the class that belongs to the number
+        # OSError makes an instance of the class that belongs to the number
         raise OSError(error.errno, f'{name} cannot be opened: {error.strerror}; wanted a video file') from error
     except ValueError as error:  # a null character in it
         raise ValueError(
@@ -163,7 +163,7 @@ def list_pictures(folder: Any) -> List[str]:
     """Paths of the pictures in a folder, frame 2 before frame 10.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no picture.
     """
     path = os.fsdecode(folder)
     names = [name for name in os.listdir(path) if name.lower().endswith(PICTURES) and not name.startswith('.')]
@@ -175,5 +175,5 @@ def list_pictures(folder: Any) -> List[str]:
 
 
 def _natural(name: str) -> List[Any]:
-    # digits are at the odd places, so that numbers meet numbers; the name itself tells 1.png from 01.png
+    # digits are at odd places, so that numbers are compared with numbers; the name itself tells 1.png from 01.png
     return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'([0-9]+)', name.lower()))] + [name]

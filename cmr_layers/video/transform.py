@@ -1,4 +1,4 @@
-"""Frames of a video as the clip that a model takes."""
+"""Turn the frames of a video into the clip that a model takes."""
 from typing import Any, Dict, Iterator, Optional, Sequence
 
 import torch
@@ -13,21 +13,24 @@ _Config = Dict[str, Any]
 
 
 class ClipTransform:
-    """Frames of a video to the clip that a model takes, as the paper tests: short side to 256, centre crop of 224.
+    """Turns the frames of a video into the clip that a model takes: short side to 256, centre crop of 224.
+
+    The paper tests like this.
 
     Args:
-        model: The model, wrapped as it may be (``torch.compile``, DDP, EMA, ``nn.Sequential``, :class:`ClipModel`). The
-            mean, standard deviation and interpolation of the timm model in it are used, ImageNet's if there is none.
+        model: The model, which may be wrapped (``torch.compile``, DDP, EMA, ``nn.Sequential``, :class:`ClipModel`). The
+            transform takes mean, standard deviation and interpolation from the timm model in it. Without one it takes
+            ImageNet's.
         size: Height and width of the crop. The short side is resized to 256/224 of it.
-        mean: Mean of each channel of an image in [0, 1], if not the model's.
-        std: Standard deviation likewise.
+        mean: Mean of each channel of an image in [0, 1]. None takes the model's.
+        std: Standard deviation, likewise.
 
     Shapes:
         uint8 (T, 3, H, W) to float32 (1, T, 3, size, size).
 
     Raises:
-        ValueError: size is no positive int, or model holds timm models that want different clips and mean and std are
-            not both given; at call time, frames are not uint8 (T, 3, H, W).
+        ValueError: size is no positive int, or model holds timm models that need different clips and mean and std are
+            not both given. At call time: frames are not uint8 (T, 3, H, W).
         TypeError: model is no module.
 
     Example:
@@ -49,7 +52,7 @@ class ClipTransform:
         check_positive('size', size)
         if model is not None:
             check_module('model', model)
-        # timm takes None for what is not given
+        # to timm, None means not given
         config = resolve_data_config({'mean': mean, 'std': std}, pretrained_cfg=_config(model, mean, std))
         self.size, self.mean, self.std = size, config['mean'], config['std']
         self._crop = v2.Compose([
@@ -59,7 +62,7 @@ class ClipTransform:
         self._normalise = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)])
 
     def crop(self, frames: Tensor) -> Tensor:
-        """What the model will see, as an image: uint8 (T, 3, H, W) to uint8 (T, 3, size, size)."""
+        """Resize and crop only: uint8 (T, 3, H, W) to uint8 (T, 3, size, size), the images that the model will see."""
         if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
             got = f'{frames.dtype} {list(frames.shape)}' if isinstance(frames, Tensor) else type(frames).__name__
             hint = '; pass its frames' if hasattr(frames, 'frames') else ''
@@ -73,7 +76,7 @@ class ClipTransform:
 
 
 def _config(model: Optional[nn.Module], mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> _Config:
-    """What timm knows of the model, or of the models that it wraps."""
+    """timm's description of the model, or of the models that it wraps."""
     configs = [] if model is None else list(_configs(model))
     wanted = {tuple(str(config.get(key)) for key in ('mean', 'std', 'interpolation')): config for config in configs}
     if len(wanted) > 1 and (mean is None or std is None):
@@ -85,7 +88,7 @@ def _config(model: Optional[nn.Module], mean: Optional[Sequence[float]], std: Op
 
 
 def _configs(module: nn.Module) -> Iterator[_Config]:
-    """The outermost configs: that of a model, not those of the backbones in it."""
+    """The outermost descriptions: of a model, but not of the backbones in it."""
     for name in ('pretrained_cfg', 'default_cfg'):
         config = getattr(module, name, None)
         if isinstance(config, dict) and config:
