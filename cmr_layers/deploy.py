@@ -138,18 +138,7 @@ class _Undo(Exception):
 
 def _check(model: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any) -> None:
     """Raise a RuntimeError if pairs can't be folded: the operations that were seen are not all that there is to it."""
-    # A wide type tells errors from rounding, which deep networks amplify. Some of these networks compute a part in
-    # float32 whatever they get.
-    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-2)):
-        try:
-            trial, wide = copy.deepcopy(model).to(dtype).eval(), x.to(dtype) if x.is_floating_point() else x
-            truth = _run(trial, wide)
-            break
-        except Exception:  # it can't be copied, or does not run there
-            continue
-    else:
-        trial, wide, truth = model, x, want
-        tolerance = 1e-2 if torch.finfo(_dtype(want)).eps < 1e-6 else .3
+    trial, wide, truth, tolerance = _trial(model, x, want)
     moved = _moved(trial, pairs, wide, truth)
     if moved <= tolerance:
         return
@@ -160,6 +149,21 @@ def _check(model: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any)
         f'example_input, by {moved:.1e} of its size, and was left as it is. Something else than an operation of '
         f'PyTorch reads what {conv} returns, or reads attributes of {norm}'
     )
+
+
+def _trial(model: nn.Module, x: Tensor, want: Any) -> Tuple[nn.Module, Tensor, Any, float]:
+    """A network to try on, its input, its result, and how far rounding may move that, relative to its size.
+
+    A wide type tells errors from rounding, which deep networks amplify. Some networks compute a part in float32,
+    whatever they get, so what is allowed in float64 is noise of float32.
+    """
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-2)):
+        try:
+            trial, wide = copy.deepcopy(model).to(dtype).eval(), x.to(dtype) if x.is_floating_point() else x
+            return trial, wide, _run(trial, wide), tolerance
+        except Exception:  # it can't be copied, or does not run there
+            continue
+    return model, x, want, 1e-2 if torch.finfo(_dtype(want)).eps < 1e-6 else .3
 
 
 def _moved(trial: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any) -> float:

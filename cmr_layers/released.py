@@ -54,6 +54,7 @@ class Projection(nn.Module):
 
     It is no ``nn.Conv2d``, since timm starts each of those anew in a network, whoever owns it.
     """
+    bias: Optional[Tensor]
 
     def __init__(self, in_channels: int, out_channels: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()

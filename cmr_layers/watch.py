@@ -75,7 +75,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.model = model
         self.pairs: List[Tuple[str, str]] = []
         self.left: Dict[str, str] = {}
@@ -175,7 +175,7 @@ class Watch(TorchDispatchMode):
         trouble = self.obstacles[output.conv] or self._trouble(output.conv)
         if trouble:
             return f'its convolution {conv} {trouble}'
-        if len(output.geometry[0]) != output.conv.weight.ndim:  # type: ignore[operator,union-attr]
+        if len(output.geometry[0]) != output.conv.weight.ndim:
             return f'its convolution {conv} got no batch'  # it has its channels elsewhere
         readers = [reader for reader in output.readers if reader is not norm]
         if readers:

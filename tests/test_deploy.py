@@ -56,7 +56,7 @@ def test_every_network_computes_what_it_did(name):
 
 @pytest.mark.parametrize('name', ['cmr_resnet18', 'cmr_resnet50'])
 def test_at_full_width(name):
-    model, x = randomize(timm.create_model(name, num_classes=5, num_frames=2)).eval(), clips(1, 2, size=64)
+    model, x = randomize(timm.create_model(name, num_classes=5, num_frames=2)).eval(), clips(1, 2)
     half = copy.deepcopy(model).bfloat16()
     assert_folds(half, x.bfloat16(), .05)
     assert_folds(model, x)
@@ -187,7 +187,7 @@ def test_another_stem_is_the_one_that_folds(name):
         model.conv1 = nn.Conv2d(5, 64, 7, stride=2, padding=3, bias=False)
     x = torch.randn(2, T, 5, 32, 32)
     assert_folds(copy.deepcopy(model.eval()), x)
-    model.conv1 = nn.Sequential(nn.Conv2d(5, 64, 7, stride=2, padding=3), nn.ReLU()).eval()    # no convolution before bn1
+    model.conv1 = nn.Sequential(nn.Conv2d(5, 64, 7, stride=2, padding=3), nn.ReLU()).eval()    # ends with no conv
     want = model(x)
     assert fold(model, x).left == {'bn1': 'is not behind a convolution'} and norms(model) == ['bn1']
     assert_near(model(x), want, 1e-5)
