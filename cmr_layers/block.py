@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .clip import ClipLayer, check_choice
 from .cme import CME
 from .cme_tim import cme_tim_conv
-from .deploy import fold_norms
 from .drop import share_drops
+from .fuse import fold_norms
 from .sme import SME
 from .tim import TIM
 

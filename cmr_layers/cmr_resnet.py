@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
 from .clip import ClipLayer, Consensus, Fold, check_choice, check_num_frames, set_num_frames, temporal_keys
-from .deploy import Stem, StemNorm
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
 
@@ -118,10 +117,6 @@ class CMRResNet(ResNet):
             block_args=dict(num_frames=num_frames, reduction=reduction, **(block_args or {})),
             **kwargs,
         )
-        if type(self.conv1) is nn.Sequential:
-            self.conv1 = Stem(*self.conv1)
-        if type(self.bn1) is nn.BatchNorm2d:
-            self.bn1 = StemNorm(self.bn1, self.conv1)
         self.average_features = consensus == 'features'
         self.consensus = Consensus(num_frames)
         # First of the children: timm's FeatureListNet and FeatureDictNet run the children in order and never call
@@ -130,12 +125,6 @@ class CMRResNet(ResNet):
         self._modules.clear()
         self.fold = Fold(num_frames)
         self._modules.update(children)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        # another stem (for other channels, say) is the one to fold
-        if name == 'conv1' and isinstance(getattr(self, 'bn1', None), StemNorm):
-            self.bn1.stem = (value,)
 
     @property
     def num_frames(self) -> int:

@@ -1,118 +1,217 @@
-"""Trained networks made ready for inference: batch norms folded into convolutions, the forward pass as a CUDA graph.
-
-Folding follows timm's protocol: ``timm.utils.reparameterize_model(model)`` asks every module of a network, except the
-network itself, for ``fuse()`` and puts in its place what that returns. It leaves no batch norm in the ``cmr_resnet``
-family and its released variants, and that of the stem in a ResNet of timm's or torchvision's that
-:func:`cmr_layers.retrofit` changed. Elsewhere only SME's batch norms fold, and those of the image network stay: which
-convolution is in front of them is not known.
-"""
-from typing import Any, Callable, Optional
+"""Trained networks made ready for inference: batch norms folded into convolutions, the forward pass as a CUDA graph."""
+import copy
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Callable, Dict, Iterator, List, Tuple
 
 import torch
-from timm.layers import register_notrace_module
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .bypass import is_bare, is_pytorch_conv, is_pytorch_norm
-from .clip import OneNode, check_module
+from .attach import all_or_nothing, check_network
+from .clip import check_module
+from .fuse import fold_pair, joint
+from .ops import use_path
+from .watch import Watch
 
-__all__ = ['Stem', 'StemNorm', 'fold_norms', 'graphed']
+__all__ = ['Folding', 'fold', 'graphed']
 
 
-def fold_norms(module: nn.Module) -> nn.Module:
-    """Fold batch norms into the convolutions before them, in place: the ``fuse`` of blocks and layers.
+@dataclass(frozen=True)
+class Folding:
+    """What :func:`fold` did; print it.
 
-    Each child that is a batch norm is replaced by an identity, and the convolution before it takes over what it
-    computes; likewise in children that are an ``nn.Sequential``. The children have to be registered in the order in
-    which they run. Half precision is computed in float32 and rounded once. The logits move by rounding only: by less
-    than 1e-5 of their size in float32 and 0.05 in bfloat16 with 50 layers, as the tests hold on random weights.
+    Attributes:
+        model: Class of the network.
+        pairs: Names of the convolutions and of the batch norms that are part of them now.
+        left: Names of the batch norms that stay, and why.
+    """
+    model: str
+    pairs: List[Tuple[str, str]]
+    left: Dict[str, str]
 
-    These stay as they are: a batch norm without running statistics, one whose forward is not PyTorch's (synchronized
-    or frozen; load the weights in a fresh network to fold them), and a pair with hooks.
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __str__(self) -> str:
+        lines = [f'{self.model}: {len(self.pairs)} batch norms folded, {len(self.left)} left alone']
+        width = max(map(len, self.left), default=0)
+        return '\n'.join(lines + [f'  {name:<{width}}  {reason}' for name, reason in self.left.items()])
+
+
+def fold(model: nn.Module, example_input: Tensor) -> Folding:
+    """Fold batch norms into the convolutions before them, in place, wherever they are in a network.
+
+    The network is run on the example and watched: a batch norm is folded if it gets what a convolution returns, and
+    nobody else reads that. Then a copy is folded and has to compute what it did, in float64 where the network runs
+    there; only then the network itself is changed. A batch norm of which this can't be shown stays, and is reported.
+
+    An identity takes the place of a batch norm. Where timm's batch norm has an activation or a drop in it, an
+    ``nn.Sequential`` of those takes its place, with their names. The convolution has new parameters, of the same data
+    type, memory format and ``requires_grad``; half precision is computed in float32 and rounded once. What the network
+    computes moves by rounding only.
+
+    Fold a network before it is compiled, and after it is saved: the folded form is none that :func:`save_model` knows;
+    its state dict fits a network that was folded likewise. ``timm.utils.reparameterize_model`` needs no example, and
+    folds blocks and layers of this package only.
+
+    What the example does not show is not known: a network that takes another way for another input, and reads there
+    what it does not read here, is folded all the same.
 
     Args:
-        module: The module that holds the convolutions and the batch norms.
+        model: The network, in eval mode.
+        example_input: What it takes, of its device and dtype. Any shape will do that shows all of the network.
 
     Returns:
-        The same module.
+        What was folded, and what was left alone for which reason. If a call is interrupted or raises an error, the
+        network is left as it was.
 
     Raises:
-        ValueError: A batch norm is in training mode, where it normalises with the statistics of the batch.
+        ValueError: model is in training mode, or example_input leads to no finite number.
+        TypeError: model is no module or a compiled one, example_input is no tensor, or the model returns none.
+        RuntimeError: The folded copy computes something else; a layer that was inserted is not at its place.
 
     Example:
-        >>> import timm, torch, cmr_layers
-        >>> model = timm.create_model('cmr_resnet18', num_frames=4).eval()
-        >>> folded = timm.utils.reparameterize_model(model)  # a copy, with inplace=True the model itself
-        >>> any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-        False
-        >>> x = torch.randn(1, 4, 3, 64, 64)
-        >>> torch.allclose(folded(x), model(x), atol=1e-4)
+        >>> import timm, torch
+        >>> model = timm.create_model('mobilenetv3_small_050').eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> want = model(x)
+        >>> print(fold(model, x))
+        MobileNetV3: 34 batch norms folded, 0 left alone
+        >>> torch.allclose(model(x), want, atol=1e-4)
         True
     """
-    before: Optional[nn.Module] = None
-    for name, child in list(module._modules.items()):  # not named_children, which leaves out what it has seen before
-        if type(child) is nn.Sequential:
-            fold_norms(child)
-        elif isinstance(before, nn.Conv2d) and isinstance(child, nn.BatchNorm2d) and _is_pair(before, child):
-            _fold(before, child)
-            setattr(module, name, nn.Identity().eval())
-        before = child
-    return module
+    check_network(model)
+    if not isinstance(example_input, Tensor):
+        raise TypeError(f'example_input must be a tensor, got {type(example_input).__name__}')
+    _check_eval(model)
+    with all_or_nothing(model):
+        x = example_input.detach().clone()
+        watch = Watch(model)
+        want = watch.run(lambda: _run(model, x))
+        pairs, left = watch.pairs, watch.left
+        too_large = {norm for conv, norm in pairs if _overflows(model.get_submodule(conv), model.get_submodule(norm))}
+        if too_large:
+            pairs = [pair for pair in pairs if pair[1] not in too_large]
+            left = {**left, **dict.fromkeys(sorted(too_large), 'would make its convolution overflow')}
+        if pairs:
+            _check_result(want)
+            _check(model, pairs, x, want)
+            _fold(model, pairs)
+    return Folding(type(model).__name__, pairs, left)
 
 
-def _is_pair(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    return is_pytorch_conv(conv) and is_pytorch_norm(norm)
+def _run(model: nn.Module, x: Tensor) -> Any:
+    """What a network computes, each time with the same random numbers."""
+    devices = [x.device] if x.is_cuda else []
+    with torch.random.fork_rng(devices), torch.no_grad(), use_path('reference'):
+        return model(x)
 
 
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    if norm.training:
-        raise ValueError(
-            f'model must be in eval mode to fold its batch norms, got {norm} in training mode, where its statistics '
-            f'still change; call model.eval() first'
-        )
-    dtype, wide = conv.weight.dtype, torch.promote_types(conv.weight.dtype, torch.float32)
-    tensors = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
-    w, b, mean, var, scale, shift = (None if t is None else t.to(wide) for t in tensors)
-    assert w is not None and mean is not None and var is not None
-    weight, bias = fuse_conv_bn_weights(w, b, mean, var, norm.eps, scale, shift)
-    learns = conv.weight.requires_grad
-    conv.weight = nn.Parameter(weight.to(dtype), learns)
-    conv.bias = nn.Parameter(bias.to(dtype), learns)
+def _check_result(result: Any) -> None:
+    """Refuse a result that would be the same whatever is folded."""
+    tensors = list(_tensors(result))
+    if not tensors:
+        raise TypeError(f'model must return tensors, got {type(result).__name__}')
+    if not any(x.is_meta or bool(x.isfinite().any()) for x in tensors):
+        raise ValueError('example_input must lead to finite numbers, got a result of infinities and NaNs only')
 
 
-class Stem(nn.Sequential):
-    """A stem of several convolutions, which folds its own batch norms."""
-    fuse = fold_norms
+def _overflows(conv: nn.Module, norm: nn.Module) -> bool:
+    return not all(t.is_meta or bool(t.isfinite().all()) for t in joint(conv, norm))
 
 
-@register_notrace_module
-class StemNorm(OneNode, nn.BatchNorm2d):
-    """The batch norm behind a network's stem. It knows the stem, and so can fold though timm won't ask the network.
+def _fold(model: nn.Module, pairs: List[Tuple[str, str]]) -> None:
+    for conv, norm in pairs:
+        replaced = model.get_submodule(norm)
+        fold_pair(model.get_submodule(conv), replaced)
+        # timm's batch norm may have a drop and an activation in it: they stay, with their names
+        rest = OrderedDict(
+            (name, child) for name, child in replaced.named_children() if type(child) is not nn.Identity)
+        model.set_submodule(norm, (nn.Sequential(rest) if rest else nn.Identity()).eval())
 
-    Args:
-        norm: The batch norm whose place it takes, with its tensors.
-        stem: The convolution in front of it, or the ``nn.Sequential`` that ends with it.
 
-    Example:
-        >>> conv, norm = nn.Conv2d(3, 8, 7), nn.BatchNorm2d(8)
-        >>> StemNorm(norm, conv).eval().fuse()
-        Identity()
+class _Undo(Exception):
+    pass
+
+
+def _check(model: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any) -> None:
+    """Raise a RuntimeError if pairs can't be folded: the operations that were seen are not all that there is to it."""
+    trial, wide, truth, tolerance = _trial(model, x, want)
+    moved = _moved(trial, pairs, wide, truth)
+    if moved <= tolerance:
+        return
+    wrong = (pair for pair in pairs if not _moved(trial, [pair], wide, truth) <= tolerance)
+    conv, norm = next(wrong, ('the convolutions', 'all batch norms together'))
+    raise RuntimeError(
+        f'{norm} can not be folded into {conv}: the {type(model).__name__} would compute something else on '
+        f'example_input, by {moved:.1e} of its size, and was left as it is. Something else than an operation of '
+        f'PyTorch reads what {conv} returns, or reads attributes of {norm}'
+    )
+
+
+def _trial(model: nn.Module, x: Tensor, want: Any) -> Tuple[nn.Module, Tensor, Any, float]:
+    """A network to try on, its input, its result, and how far rounding may move that, relative to its size.
+
+    A wide type tells errors from rounding, which deep networks amplify. Some networks compute a part in float32,
+    whatever they get, so what is allowed in float64 is noise of float32.
     """
+    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-2)):
+        try:
+            trial, wide = copy.deepcopy(model).to(dtype).eval(), x.to(dtype) if x.is_floating_point() else x
+            return trial, wide, _run(trial, wide), tolerance
+        except Exception:  # it can't be copied, or does not run there
+            continue
+    return model, x, want, 1e-2 if torch.finfo(_dtype(want)).eps < 1e-6 else .3
 
-    def __init__(self, norm: nn.BatchNorm2d, stem: nn.Module) -> None:
-        super().__init__(norm.num_features, device='meta')
-        vars(self).update(vars(norm))
-        self.stem = (stem,)  # in a tuple, else the stem would be a child and have its keys twice
 
-    def fuse(self) -> nn.Module:
-        """Fold into the stem; what takes the place of the batch norm."""
-        stem, = self.stem
-        # Only now, as somebody may have replaced it. The stem's other batch norms are not touched: in a graph of FX
-        # they stand elsewhere.
-        last = stem[-1] if isinstance(stem, nn.Sequential) and len(stem) and is_bare(stem) else stem
-        return fold_norms(nn.Sequential(last, self)).get_submodule('1')
+def _moved(trial: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any) -> float:
+    """How far pairs move what a network computes, if they are folded; the network is left as it is."""
+    moved = math.inf
+    try:
+        with all_or_nothing(trial):
+            _fold(trial, pairs)
+            moved = _distance(want, _run(trial, x))
+            raise _Undo
+    except Exception:
+        pass
+    return moved
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a network returned."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf):
+            yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
+
+
+def _dtype(value: Any) -> torch.dtype:
+    return next((x.dtype for x in _tensors(value) if x.is_floating_point()), torch.float32)
+
+
+def _distance(want: Any, got: Any) -> float:
+    """The largest difference of two results of a network, relative to their size."""
+    before, after = list(_tensors(want)), list(_tensors(got))
+    if [(x.shape, x.dtype) for x in before] != [(x.shape, x.dtype) for x in after]:
+        return math.inf
+    return max(_difference(x, y) for x, y in zip(before, after))
+
+
+def _difference(x: Tensor, y: Tensor) -> float:
+    if x.is_meta or not x.numel():
+        return 0.
+    if not x.is_floating_point():
+        return 0. if torch.equal(x, y) else math.inf
+    finite = x.isfinite()
+    if not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()) or not bool(y[finite].isfinite().all()):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.
+    x, y = x[finite].double(), y[finite].double()
+    return float((x - y).abs().max() / x.abs().max().clamp(min=1e-6))  # what is all zeros has only rounding in it
 
 
 def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:

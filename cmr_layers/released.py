@@ -39,25 +39,27 @@ from torch import Tensor, nn
 
 from . import block, sme
 from . import released_checkpoint as checkpoint
-from .bypass import is_bare
 from .clip import ClipLayer, check_positive, temporal_keys
 from .cmr_resnet import CMRResNet, check_pretrained
-from .deploy import fold_norms
+from .fuse import fold_norms, register_conv
 
 __all__ = ['CME', 'CMRBlock', 'ReleasedCMRResNet', 'load_released_checkpoint']
 
 torch.serialization.add_safe_globals(checkpoint.numpy_numbers())  # for timm, see above
 
 
+@register_conv
 class Projection(nn.Module):
     """A 1x1 convolution without bias. It starts with PyTorch's default, uniform in +-1/sqrt(in_channels).
 
     It is no ``nn.Conv2d``: timm initialises every ``nn.Conv2d`` of a network again.
     """
+    bias: Optional[Tensor]
 
     def __init__(self, in_channels: int, out_channels: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1, device=device, dtype=dtype))
+        self.register_parameter('bias', None)  # until it takes over a batch norm
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,14 +67,7 @@ class Projection(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight)
-
-    def as_conv(self) -> nn.Conv2d:
-        """The ``nn.Conv2d`` with this weight."""
-        out_channels, in_channels = self.weight.shape[:2]
-        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False, device='meta')
-        conv.weight = self.weight
-        return conv.train(self.training)
+        return F.conv2d(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f'{self.weight.shape[1]}, {self.weight.shape[0]}'
@@ -162,12 +157,7 @@ class CME(ClipLayer):
     def forward_clips(self, x: Tensor) -> Tensor:
         return x * self._gate(x).to(x.dtype)[:, :, :, None, None]
 
-    def fuse(self) -> nn.Module:
-        """Fold the batch norms, for timm's ``reparameterize_model``."""
-        for projection in (self.w1, self.w2, self.w3):
-            if isinstance(projection[0], Projection) and is_bare(projection[0]):
-                projection[0] = projection[0].as_conv()
-        return fold_norms(self)
+    fuse = fold_norms  # for timm's reparameterize_model
 
 
 class CMRBlock(block.CMRBlock):

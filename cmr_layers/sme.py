@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .bypass import is_bare, is_pytorch_conv, is_pytorch_norm
 from .clip import ClipLayer
-from .deploy import fold_norms
+from .fuse import fold_norms
 from .ops import reference
 from .ops.layout import rectify_gradient
 from .ops.path import choose
