@@ -36,7 +36,7 @@ def _cases(only: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Names of the cases that contain ``only``, and what is timed."""
     for channels, size in ((256, 56), (512, 28), (1024, 14), (2048, 7), (8, 4)):  # the last is the host's time alone
         at = f'{channels}x{size}x{size}'
-        made = {
+        made: dict[str, Callable[[], nn.Module]] = {
             f'CME {at}': partial(CME, channels, 8), f'TIM {at}': partial(TIM, channels, 8),
             f'SME {at}': partial(SME, channels, 8),
             f'block {at}': partial(CMRBlock, channels, channels // 4, num_frames=8, sme='all')}
@@ -67,8 +67,7 @@ def _call(module: nn.Module, x: Tensor) -> None:
 
 
 def work(only: str) -> None:
-    """A worker: makes the cases, one after the other; for each number that it reads it calls so often and prints seconds.
-    """
+    """Make the cases, one after the other. For each number that is read, print how long so many calls take."""
     for name, function in _cases(only):
         print(json.dumps(name), flush=True)
         for line in iter(sys.stdin.readline, '\n'):
@@ -83,7 +82,9 @@ class Worker:
     """A process in a checkout."""
 
     def __init__(self, checkout: Path, only: str) -> None:
-        code = f'import runpy, sys; sys.path.insert(0, {str(checkout)!r}); import cmr_layers; ' \
+        # this file and its helpers from here, the package from there
+        code = f'import sys; sys.path.insert(0, {str(checkout)!r}); import cmr_layers; ' \
+               f'assert cmr_layers.__file__.startswith({str(checkout)!r}), cmr_layers.__file__; ' \
                f'sys.path.insert(0, {str(ROOT)!r}); from benchmarks.versus import work; work({only!r})'
         self.process: Any = subprocess.Popen(
             [sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
