@@ -1,12 +1,62 @@
-"""What the tests of whole networks share."""
+"""What the tests share: makers of frames, weights and networks with values as after training, and how near is near."""
 import torch
 from torch import nn
 
-from cmr_layers import CME, SME, TIM
+from cmr_layers import CME, SME, TIM, ops
+
+cl, contiguous = torch.channels_last, torch.contiguous_format
+LAYOUTS = {'contiguous': contiguous, 'channels_last': cl}
+HALF = [torch.float16, torch.bfloat16]
+# The rule of tolerance: what a result may be off by, in units of the largest value that is expected. That is a few
+# roundings of its dtype, the more the longer the sums that are rounded on the way; half precision sums in float32.
+ROUNDINGS = {torch.float64: 5000, torch.float32: 20, torch.float16: 3, torch.bfloat16: 3}
+TOLERANCE = {dtype: roundings * torch.finfo(dtype).eps for dtype, roundings in ROUNDINGS.items()}
+
+
+def assert_near(got, want, dtype=None, times=1., unit=None):
+    """``got`` is ``want``, which is exact, up to the rule of tolerance.
+
+    Args:
+        dtype: What was rounded to, where it is not the dtype of ``got``.
+        times: How often the tolerance, for what goes through several layers or cancels.
+        unit: What it is a tolerance in units of, where that is not the largest value of ``want``.
+    """
+    assert got.shape == want.shape
+    largest = unit or (want.detach().abs().max().item() if want.numel() else 0.) or 1.
+    torch.testing.assert_close(
+        got.detach().double().cpu(), want.detach().double().cpu(), rtol=0,
+        atol=times * TOLERANCE[dtype or got.dtype] * largest)
+
+
+def assert_like(got, x):
+    assert (got.shape, got.dtype, got.stride()) == (x.shape, x.dtype, x.stride())
+
+
+def frames(*shape, dtype=torch.float32, layout=contiguous, device='cpu', scale=1.):
+    """Normal values, drawn in float64 so that they are the same for every dtype; any tensor if it is no 4-D shape."""
+    x = (torch.randn(shape, dtype=torch.float64) * scale).to(device, dtype)
+    return x.contiguous(memory_format=layout) if len(shape) == 4 else x
+
+
+def cme_tim_weights(channels, c1=3, c2=2, b3=False, kernel_size=3, dtype=torch.float32, device='cpu'):
+    """CME's weights and TIM's taps; c1 or kernel_size None: without. Small enough that no softmax saturates."""
+    kw = {'dtype': dtype, 'device': device}
+    cme, taps = ops.CMEWeights(), None
+    if c1 is not None:
+        scale = min(.5, 1.5 * channels ** -.5)
+        cme = ops.CMEWeights(
+            frames(c1, channels, scale=scale, **kw), frames(c2, channels, scale=scale, **kw),
+            frames(channels, c1, scale=.5, **kw), frames(channels, **kw) if b3 else None)
+    if kernel_size is not None:
+        taps = frames(channels, 1, kernel_size, **kw)
+    return cme, taps
 
 HOOKS = (
     '_forward_hooks', '_forward_pre_hooks', '_forward_hooks_with_kwargs', '_forward_pre_hooks_with_kwargs',
     '_forward_hooks_always_called', '_backward_hooks', '_backward_pre_hooks', '_state_dict_hooks')
+
+
+WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class Mean(nn.Module):
@@ -20,18 +70,28 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 8, 1), CME(8, 4), TIM(8, 4), SME(8, 4), Mean()).eval()
 
 
-def randomize(model):
-    """Values as after training, so that no wrong term hides behind a zero or a one."""
+def randomize(model, everything=False):
+    """Values as after training, so that no wrong term hides behind a zero or a one.
+
+    Args:
+        everything: Also in convolutions and linear layers, and whatever else has parameters.
+    """
     with torch.no_grad():
         for m in model.modules():
-            if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm3d)):
-                m.weight.uniform_(.5, 1.5)
-                m.bias.uniform_(-.5, .5)
-                m.running_mean.uniform_(-.5, .5)
-                m.running_var.uniform_(.5, 2)
-            elif isinstance(m, (CME, TIM)):
-                for p in m.parameters():
+            if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+                if m.affine:
+                    m.weight.uniform_(.5, 1.5)
+                    m.bias.uniform_(-.5, .5)
+                if m.running_mean is not None:
+                    m.running_mean.uniform_(-.5, .5)
+                    m.running_var.uniform_(.5, 2)
+            elif isinstance(m, (CME, TIM)) or (everything and not isinstance(m, WEIGHTED)):
+                for p in m.parameters(recurse=False):
                     p.uniform_(-.7, .7)
+            elif everything and isinstance(m, WEIGHTED):
+                nn.init.kaiming_uniform_(m.weight, nonlinearity='linear')
+                if m.bias is not None:
+                    m.bias.uniform_(-.7, .7)
     return model
 
 

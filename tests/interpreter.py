@@ -4,6 +4,7 @@ The kernels are the same functions; only what ``triton.jit`` made of them is exc
 library of small kernels (``tl.sum``, ``tl.cdiv``). With a GPU nothing is exchanged, and the tests run on it.
 """
 import contextlib
+import functools
 
 import torch
 
@@ -13,7 +14,6 @@ DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 @contextlib.contextmanager
 def interpreted():
     """Within it, the functions of ``cmr_layers.ops.triton_*`` take tensors on :data:`DEVICE`."""
-    from cmr_layers.ops import dispatch
     if DEVICE == 'cuda':
         yield
         return
@@ -22,20 +22,31 @@ def interpreted():
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    from cmr_layers.ops import triton_conv, triton_front, triton_sme
+    from cmr_layers.ops import path, triton_cme_tim, triton_cme_tim_conv, triton_sme
 
-    modules = (tl, tl.standard, triton_conv, triton_front, triton_sme)
     exchanged = [
-        (module, name, value) for module in modules for name, value in vars(module).items()
-        if isinstance(value, JITFunction)]
-    obstacle = dispatch.triton_obstacle
+        (module, name, value, InterpretedFunction(value.fn))
+        for module in (tl, tl.standard, triton_cme_tim, triton_cme_tim_conv, triton_sme)
+        for name, value in vars(module).items() if isinstance(value, JITFunction)]
+
+    def multiply_numbers(function):
+        # the interpreter multiplies the bits of bfloat16s, not the numbers
+        @functools.wraps(function)
+        def wrapped(x, *args, **kwargs):
+            return function(x, *args, **{'dot': tl.float32 if x.dtype is torch.bfloat16 else None, **kwargs})
+        return wrapped
+
+    exchanged += [
+        (module, name, getattr(module, name), multiply_numbers(getattr(module, name)))
+        for module, name in ((triton_cme_tim_conv, 'gated_conv'), (triton_sme, 'product'))]
+    obstacle = path._triton_obstacle
+    # the one obstacle that is gone
+    exchanged.append((
+        path, '_triton_obstacle', obstacle, lambda x, *args: '' if x.device.type == 'cpu' else obstacle(x, *args)))
     try:
-        for module, name, function in exchanged:
-            setattr(module, name, InterpretedFunction(function.fn))
-        # the one obstacle that is gone
-        dispatch.triton_obstacle = lambda x, *args: '' if x.device.type == 'cpu' else obstacle(x, *args)
+        for module, name, _, value in exchanged:
+            setattr(module, name, value)
         yield
     finally:
-        dispatch.triton_obstacle = obstacle
-        for module, name, function in exchanged:
-            setattr(module, name, function)
+        for module, name, value, _ in exchanged:
+            setattr(module, name, value)

@@ -4,8 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cmr_layers import TIM, ops
+from cmr_layers import TIM
 from cmr_layers.clip import Consensus, Fold, clip_shape
+from cmr_layers.ops import reference as law
 
 examples = settings(deadline=None, max_examples=25, derandomize=True)
 CLOSE = {'rtol': 1e-10, 'atol': 1e-10}
@@ -105,27 +106,27 @@ def test_a_static_clip_leaves_the_motion_term_at_bn_of_conv_of_zero(build, x, nu
     nothing = layer.bn(layer.conv(torch.zeros_like(x[0, 0])[None]))
     scale = x.abs().max().item()
     torch.testing.assert_close(layer(x) - x, nothing.expand_as(x), rtol=1e-10, atol=1e-12 * (1 + scale))
-    assert ops.motion(x).abs().max() <= 1e-14 * (1 + scale)
+    assert law.motion(x).abs().max() <= 1e-14 * (1 + scale)
 
 
 @examples
 @given(x=clips(min_frames=2))
 def test_similarity_is_a_cosine(x):
-    s = ops.similarity(x)
+    s = law.similarity(x)
     assert (s.abs() <= 1 + 1e-12).all()
     zero = (x == 0).all(2)
     pair = zero[:, :-1] | zero[:, 1:]
     assert (s[:, :-1][pair] == 0).all()
     want = torch.nn.functional.cosine_similarity(x[:, :-1], x[:, 1:], dim=2, eps=1e-30)
     torch.testing.assert_close(s[:, :-1], want, **CLOSE)
-    torch.testing.assert_close(ops.similarity(x.flip(1))[:, :-1], s[:, :-1].flip(1), **CLOSE)
+    torch.testing.assert_close(law.similarity(x.flip(1))[:, :-1], s[:, :-1].flip(1), **CLOSE)
 
 
 @examples
 @given(data=st.data(), x=clips(min_frames=2))
 def test_similarity_ignores_the_length_of_the_vectors(data, x):
     scales = torch.tensor([data.draw(st.floats(1e-3, 1e3)) for _ in range(x.shape[1])], dtype=torch.float64)
-    torch.testing.assert_close(ops.similarity(x * scales.view(-1, 1, 1, 1)), ops.similarity(x), **CLOSE)
+    torch.testing.assert_close(law.similarity(x * scales.view(-1, 1, 1, 1)), law.similarity(x), **CLOSE)
 
 
 @examples
@@ -133,9 +134,9 @@ def test_similarity_ignores_the_length_of_the_vectors(data, x):
 def test_rectified_features_keep_the_similarity_between_0_and_1(x):
     # what a ResNet's blocks hand to SME: x * (1 - s) then never exceeds x
     x = x.relu()
-    s = ops.similarity(x)
+    s = law.similarity(x)
     assert (s >= 0).all() and (s <= 1 + 1e-12).all()
-    assert (ops.motion(x) <= x * (1 + 1e-12)).all()
+    assert (law.motion(x) <= x * (1 + 1e-12)).all()
 
 
 @examples

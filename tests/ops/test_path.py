@@ -15,7 +15,8 @@ import torch.utils.checkpoint
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, CMRBlock, ops, released, retrofit
-from cmr_layers.ops import dispatch, explain, state, use_path
+from cmr_layers.ops import explain, use_path
+from cmr_layers.ops import path as switch
 
 LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
 
@@ -29,13 +30,6 @@ def test_a_cpu_takes_the_plain_form_of_every_layer(kind):
         (kind, kind, 'plain', 'x is on cpu')]
 
 
-def test_inference_of_sme_is_one_operator():
-    layer, x = SME(8, num_frames=4).eval(), torch.randn(4, 8, 3, 2)
-    assert paths(layer, x) == [('SME', 'SME, inference', 'plain', 'x is on cpu')]
-    layer.bn = nn.BatchNorm2d(8, track_running_stats=False)  # statistics of the batch, also in eval mode
-    assert paths(layer.eval(), x) == [('SME', 'SME', 'plain', 'x is on cpu')]
-
-
 @pytest.mark.parametrize('x, reason', [
     (torch.randn(4, 8, 3, 2, dtype=torch.float64), 'x is torch.float64'),
     (torch.empty(4, 8, 3, 2, device='meta'), 'x is on meta'),
@@ -45,11 +39,11 @@ def test_inference_of_sme_is_one_operator():
 def test_what_the_operators_can_not_take_is_the_references(x, reason):
     layer = TIM(8, num_frames=4, device=x.device, dtype=torch.float64 if x.dtype == torch.float64 else None)
     with use_path('auto'):
-        assert dispatch.choose(None, 'TIM', x, 4, [layer.weight], layer.weight) == 'reference'
+        assert switch.choose(None, 'TIM', x, 4, [layer.weight]) == 'reference'
     for path in ('plain', 'triton'):
         with use_path(path), pytest.raises(
                 RuntimeError, match=f"^the path '{path}' is forced, but TIM can't take it: {reason}$"):
-            dispatch.choose(None, 'TIM', x, 4, [layer.weight], layer.weight)
+            switch.choose(None, 'TIM', x, 4, [layer.weight])
 
 
 def test_a_still_has_no_motion_to_compute():
@@ -163,7 +157,7 @@ def block(**kwargs):
 
 def test_a_block_calls_an_operator_for_cme_and_tim_and_one_for_sme():
     assert [row[:2] for row in paths(block(), torch.randn(4, 8, 3, 2))] == [
-        ('cme', 'CME + TIM'), ('sme', 'SME, inference')]
+        ('cme', 'CME + TIM'), ('sme', 'SME')]
     assert [row[1] for row in paths(block(cme='none', sme='none'), torch.randn(4, 8, 3, 2))] == ['TIM']
     assert [row[1] for row in paths(block(tim='none', sme='none'), torch.randn(4, 8, 3, 2))] == ['CME']
 
@@ -298,7 +292,7 @@ def test_layers_of_another_arithmetic_are_called_as_they_are(Twice):
         made(x)
     torch.testing.assert_close(seen[0], 2 * TIM.forward_frames(twice, want, 4))
     released_block = released.CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2).eval()
-    assert [row[1] for row in paths(released_block, x)] == ['TIM', 'SME, inference']
+    assert [row[1] for row in paths(released_block, x)] == ['TIM', 'SME']
 
 
 def test_a_layer_with_forward_clips_only_is_used():
@@ -339,16 +333,16 @@ def test_a_retrofitted_network_takes_one_pass_for_cme_and_tim():
     rows = paths(model, x)
     kinds = [insertion.kind for insertion in report]
     assert len(rows) == kinds.count('CME') + kinds.count('SME')
-    assert {row[1] for row in rows} == {'CME + TIM', 'SME, inference'}
+    assert {row[1] for row in rows} == {'CME + TIM', 'SME'}
     assert all(row[0].startswith('model.layer') for row in rows)
 
 
 def test_explain_reads_as_a_table():
     model = timm.create_model('cmr_resnet18', num_frames=2, cme='first').eval()
     lines = str(explain(model, torch.randn(1, 2, 3, 32, 32))).splitlines()
-    assert lines[0] == 'layer1.0.cme  CME + TIM       plain (x is on cpu)'
-    assert lines[1] == 'layer1.0.sme  SME, inference  plain (x is on cpu)'
-    assert lines[2] == 'layer1.1.tim  TIM             plain (x is on cpu)'
+    assert lines[0] == 'layer1.0.cme  CME + TIM  plain (x is on cpu)'
+    assert lines[1] == 'layer1.0.sme  SME        plain (x is on cpu)'
+    assert lines[2] == 'layer1.1.tim  TIM        plain (x is on cpu)'
     assert len(lines) == 12
 
 
@@ -386,21 +380,21 @@ def test_a_forced_path_is_that_of_its_thread(fast_switches):
     def decide(path, want):
         for _ in range(300):
             with use_path(path):
-                assert dispatch.choose(layer, 'TIM', x, 4, [layer.weight], layer.weight) == want
-            assert dispatch.choose(layer, 'TIM', x, 4, [layer.weight], layer.weight) == 'plain'
+                assert switch.choose(layer, 'TIM', x, 4, [layer.weight]) == want
+            assert switch.choose(layer, 'TIM', x, 4, [layer.weight]) == 'plain'
         return path
 
     def fail():
         for _ in range(300):
             with use_path('triton'), pytest.raises(RuntimeError, match="the path 'triton' is forced, but"):
-                dispatch.choose(layer, 'TIM', x, 4, [layer.weight], layer.weight)
+                switch.choose(layer, 'TIM', x, 4, [layer.weight])
 
     with use_path('reference'):    # threads that are started here do not see it
         got = meanwhile(
             lambda: decide('reference', 'reference'), lambda: decide('auto', 'plain'), lambda: decide('plain', 'plain'),
             fail)
-        assert got == ['reference', 'auto', 'plain', None] and state.path == 'reference'
-    assert state.path == 'auto'
+        assert got == ['reference', 'auto', 'plain', None] and switch.forced == 'reference'
+    assert switch.forced == 'auto'
 
 
 def test_explain_lists_the_calls_of_its_thread(fast_switches):
@@ -412,13 +406,13 @@ def test_explain_lists_the_calls_of_its_thread(fast_switches):
         for _ in range(60):
             with use_path(path):
                 found.append([row[:3] for row in explain(layer, x)])
-            assert state.log is None
+            assert switch.log is None
         return found
 
     def call():
         while not done.is_set():
             layers[0](x)
-            assert state.log is None
+            assert switch.log is None
 
     def all_explained():
         try:
@@ -428,7 +422,7 @@ def test_explain_lists_the_calls_of_its_thread(fast_switches):
 
     first, second, _ = meanwhile(all_explained, lambda: explained(layers[2], 'reference'), call)
     assert first == [
-        [[('CME', 'CME', 'plain')]] * 60, [[('SME', 'SME, inference', 'reference')]] * 60,
+        [[('CME', 'CME', 'plain')]] * 60, [[('SME', 'SME', 'reference')]] * 60,
         [[('TIM', 'TIM', 'plain')]] * 60]
     assert second == [[('TIM', 'TIM', 'reference')]] * 60
 
@@ -452,9 +446,9 @@ def test_a_block_that_ends_in_another_context():
     # as a generator's does, whose steps run in contexts of their own
     block = use_path('reference')
     contextvars.copy_context().run(block.__enter__)
-    assert state.path == 'auto'
+    assert switch.forced == 'auto'
     block.__exit__(None, None, None)
-    assert state.path == 'auto'
+    assert switch.forced == 'auto'
 
 
 @pytest.mark.parametrize('path', ['reference', 'plain', 'auto'])
@@ -488,7 +482,7 @@ class Nested(torch.autograd.Function):
                 y = Nested.apply(x, ctx.depth - 1, ctx.seen)
             y.backward()
         else:
-            ctx.seen.append((threading.get_ident(), state.path))
+            ctx.seen.append((threading.get_ident(), switch.forced))
         return g, None, None
 
 
@@ -550,10 +544,10 @@ def test_explain_sees_a_compiled_part():
 def test_explaining_leaves_no_trace():
     layer, x = TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)
     explain(layer, x)
-    assert state.log is None
+    assert switch.log is None
     with pytest.raises(ValueError):
         explain(layer, torch.randn(6, 8, 3, 2))
-    assert state.log is None
+    assert switch.log is None
 
 
 def test_ops_exports_the_switch():
