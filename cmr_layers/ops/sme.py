@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import plain_sme, reference
@@ -59,11 +58,26 @@ def sme(x: Tensor, num_frames: int, weight: Tensor, bias: Maybe, norm: Optional[
         if norm is not None:
             h = F.batch_norm(h, norm.mean, norm.var, norm.weight, norm.bias, eps=norm.eps)
         return x + h
-    if norm is not None:  # in float32, and rounded in the product
-        tensors = weight, bias, norm.mean, norm.var, norm.weight, norm.bias
-        w, b, mean, var, scale, shift = (None if t is None else t.float() for t in tensors)
-        weight, bias = fuse_conv_bn_weights(w, b, mean, var, norm.eps, scale, shift)  # type: ignore[arg-type]
+    if norm is not None:
+        weight, bias = _folded(weight, bias, norm)
     return _run(x, num_frames, weight, bias, True, path)
+
+
+def _folded(weight: Tensor, bias: Maybe, norm: Norm) -> Tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution with the norm behind it. In float32; the product rounds them.
+
+    PyTorch's ``fuse_conv_bn_weights`` makes parameters, which torch.compile can't look into.
+    """
+    assert norm.mean is not None and norm.var is not None
+    scale, shift = (norm.var.float() + norm.eps).rsqrt(), -norm.mean.float()
+    if norm.weight is not None:
+        scale = scale * norm.weight.float()
+    if bias is not None:
+        shift = shift + bias.float()
+    shift = shift * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.float()
+    return weight.float() * scale.view(-1, 1, 1, 1), shift
 
 
 def _choose(owner: Any, x: Tensor, num_frames: int, weight: Tensor, bias: Maybe) -> str:

@@ -294,4 +294,4 @@ def motion_conv_backward(
     if not learns:
         return gx, x.new_empty(0)
     g_weight = convolution(gy, m, weight.to(x.dtype), None, *unit, [False, True, False])[1]
-    return gx, g_weight.to(weight.dtype).contiguous()
+    return gx, dense(g_weight.to(weight.dtype).contiguous())
