@@ -5,7 +5,7 @@ What they share with the plain form is in test_cme_tim.py and test_sme.py.
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HALF, assert_like, assert_near, frames
+from helpers import assert_near, frames
 from interpreter import DEVICE, interpreted
 
 from cmr_layers.ops import plain_sme
@@ -42,16 +42,6 @@ def test_one_kernel_gates_mixes_and_convolves(shape, out_channels, bias, dtype):
     want = F.conv2d(law.tim(clips, taps.double()).flatten(0, 1), weight.double(), None if b is None else b.double())
     assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
     assert_near(y, want, times=2)  # mixed frames and result are rounded
-
-
-@pytest.mark.parametrize('dtype', [F32, *HALF], ids=str)
-def test_the_gradient_of_sme_makes_the_weighted_clip_on_the_way(dtype, layout):
-    # which the plain form never writes
-    from cmr_layers.ops import triton_sme
-    x, q = (frames(8, 24, 3, 3, dtype=dtype, layout=layout, device=DEVICE) for _ in range(2))
-    _, m = triton_sme._gradient(q, x, 4, *triton_sme.similarity(x, 4))
-    assert_like(m, x)
-    assert_near(m, law.motion(law.clips(x.double(), 4)).flatten(0, 1))
 
 
 def test_float32_that_must_not_become_tf32_is_a_librarys(monkeypatch):
