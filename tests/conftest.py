@@ -1,6 +1,7 @@
 """What the tests of the layers share."""
 import pytest
 import torch
+from helpers import randomize
 
 from cmr_layers import CME, SME, TIM
 
@@ -19,13 +20,7 @@ def build():
 
     def make(kind, channels=8, num_frames=4, dtype=None, **kwargs):
         layer = {'CME': CME, 'SME': SME, 'TIM': TIM}[kind](channels, num_frames=num_frames, dtype=dtype, **kwargs)
-        with torch.no_grad():
-            for p in layer.parameters():
-                p.uniform_(-1, 1)
-        if kind == 'SME':
-            layer.bn.running_mean.uniform_(-1, 1)
-            layer.bn.running_var.uniform_(.5, 2)
-        return layer.eval()
+        return randomize(layer, everything=True).eval()
 
     return make
 

@@ -28,8 +28,10 @@ PARTS = {
     'CME + TIM of 1 tap': {'kernel_size': 1}, 'TIM of 1 tap': {'c1': None, 'kernel_size': 1},
     'CME + TIM of 5 taps': {'kernel_size': 5, 'c1': 1}, 'TIM of 5 taps': {'c1': None, 'kernel_size': 5}}
 CONVOLUTIONS = {    # weight, then bias, stride, padding, dilation and groups, of 6 channels
-    '1x1': ((4, 6, 1, 1), True, [1, 1], [0, 0], [1, 1], 1), '1x1, no bias': ((20, 6, 1, 1), False, [1, 1], [0, 0], [1, 1], 1),
-    '3x3': ((4, 3, 3, 3), False, [2, 2], [1, 1], [1, 1], 2), '3x3, dilated': ((4, 6, 3, 3), True, [1, 1], [2, 2], [2, 2], 1)}
+    '1x1': ((4, 6, 1, 1), True, [1, 1], [0, 0], [1, 1], 1),
+    '1x1, no bias': ((20, 6, 1, 1), False, [1, 1], [0, 0], [1, 1], 1),
+    '3x3': ((4, 3, 3, 3), False, [2, 2], [1, 1], [1, 1], 2),
+    '3x3, dilated': ((4, 6, 3, 3), True, [1, 1], [2, 2], [2, 2], 1)}
 # What every form computes in. The kernels sum in float32, so float64 is for the plain form alone.
 PRECISE = [('plain', F64), ('triton', F32)]
 ALL = [(form, dtype) for form in ('reference', 'plain', 'triton') for dtype in (F32, *HALF)]
@@ -37,9 +39,8 @@ ALL = [(form, dtype) for form in ('reference', 'plain', 'triton') for dtype in (
 
 def convolution(kind, dtype=F32):
     shape, bias, *rest = CONVOLUTIONS[kind]
-    return ops.Convolution(
-        frames(*shape, dtype=dtype, device=DEVICE, scale=.5), frames(shape[0], dtype=dtype, device=DEVICE) if bias else None,
-        *rest)
+    kw = {'dtype': dtype, 'device': DEVICE}
+    return ops.Convolution(frames(*shape, scale=.5, **kw), frames(shape[0], **kw) if bias else None, *rest)
 
 
 def given(shape, dtype, layout=contiguous, conv=None, weight_dtype=None, scale=1., **kwargs):
@@ -74,7 +75,7 @@ def tensors(x, num_frames, cme, taps, conv):
 
 def replaced(args, function):
     """The arguments with a function of each tensor in its place."""
-    x, t, cme, taps, conv = args
+    _, t, _, _, conv = args
     x, w1, w2, w3, b3, taps, weight, bias = (None if v is None else function(v) for v in tensors(*args))
     return x, t, ops.CMEWeights(w1, w2, w3, b3), taps, conv._replace(weight=weight, bias=bias)
 
@@ -83,7 +84,7 @@ def check(form, args, g=None, times=1.):
     """Values and gradients are those of the law in float64, nothing that is given is written to, and nothing shared."""
     args = replaced(args, lambda v: v.detach().requires_grad_())
     exact = replaced(args, lambda v: v.detach().double().requires_grad_())
-    x, t, cme, taps, conv = args
+    x, t, cme, _, conv = args
     before = [v.detach().clone() for v in tensors(*args) if v is not None]
     y, *vectors = compute(form, *args)
     want = exactly(*exact)
@@ -158,7 +159,8 @@ def test_a_convolution_behind_in_half_precision(form, dtype, shape, layout):
     check(form, given(shape, dtype, layout, '1x1', b3=True), times=2)
 
 
-@pytest.mark.parametrize('dtype, weight_dtype', [(torch.float16, F32), (torch.bfloat16, F32), (F32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    'dtype, weight_dtype', [(torch.float16, F32), (torch.bfloat16, F32), (F32, torch.float16)], ids=str)
 def test_weights_of_another_precision(form, dtype, weight_dtype, layout):
     # as under autocast
     for t in (1, 4):

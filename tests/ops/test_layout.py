@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import randomize
 from interpreter import DEVICE, interpreted
 from torch import nn
 
@@ -42,15 +43,7 @@ LAYERS = {
 
 def build(name, train):
     torch.manual_seed(0)
-    layer = LAYERS[name]()
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.uniform_(-1, 1)
-        for m in layer.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.uniform_(-1, 1)
-                m.running_var.uniform_(.5, 2)
-    return layer.train(train)
+    return randomize(LAYERS[name](), everything=True).train(train)
 
 
 def restrided(x, strides):
@@ -73,7 +66,7 @@ def forms(x):
         yield part.copy_(x)
 
 
-def run(layer, x, g, detach=lambda y: y):
+def run(layer, x, g):
     """Output, gradients and statistics after one pass."""
     layer = copy.deepcopy(layer)
     x = x.detach().requires_grad_()

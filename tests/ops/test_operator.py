@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from cmr_layers import SME, TIM, CMRBlock, ops
-from cmr_layers.ops import path, use_path
+from cmr_layers.ops import explain, use_path
+from cmr_layers.ops import path as switch
 
 OPS = torch.ops.cmr_layers
 # numpy, under the interpreter, warns of norms that are zero
@@ -83,8 +84,8 @@ def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtyp
 
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('layout, learns, dtype', [
-    ('contiguous', True, torch.float32), ('channels_last', True, torch.float16), ('channels_last', False, torch.float32)],
-    ids=str)
+    ('contiguous', True, torch.float32), ('channels_last', True, torch.float16),
+    ('channels_last', False, torch.float32)], ids=str)
 def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, learns, dtype):
     # float16 beside weights in float32, as under autocast
     args = arguments(name, LAYOUTS[layout], dtype, weight_dtype=torch.float32)
@@ -283,7 +284,7 @@ def test_flops_are_those_of_the_reference(name):
 @pytest.fixture
 def fake_cuda(monkeypatch):
     pytest.importorskip('triton')
-    monkeypatch.setattr(path, '_capability', lambda index: (9, 0))
+    monkeypatch.setattr(switch, '_capability', lambda index: (9, 0))
     monkeypatch.setattr(torch._C, '_cuda_getDevice', lambda: 0, raising=False)
     with FakeTensorMode(allow_non_fake_inputs=False) as mode:
         yield mode
@@ -317,7 +318,7 @@ def test_the_cuda_branch_under_fake_tensors(fake_cuda, dtype, train):
 
 def test_what_explain_says_of_a_gpu(fake_cuda):
     block, x = fake_block(dtype=torch.float16)
-    rows = path.explain(block.eval(), x)
+    rows = explain(block.eval(), x)
     assert [(row.owner, row.operation, row.path, row.reason) for row in rows] == [
         ('cme', 'CME + TIM', 'triton', ''), ('sme', 'SME', 'triton', '')]
 
@@ -330,13 +331,13 @@ def test_what_explain_says_of_a_gpu(fake_cuda):
     ('huge', {'size': 1024}, 'clips of 8 frames of 4x1024x1024 are too large'),
 ])
 def test_what_triton_can_not_take_is_plain_and_says_why(fake_cuda, monkeypatch, name, change, reason):
-    monkeypatch.setattr(path, '_capability', lambda index: change.get('capability', (9, 0)))
-    monkeypatch.setattr(path, '_HAS_TRITON', change.get('triton', True))
+    monkeypatch.setattr(switch, '_capability', lambda index: change.get('capability', (9, 0)))
+    monkeypatch.setattr(switch, '_HAS_TRITON', change.get('triton', True))
     monkeypatch.setattr(torch.version, 'hip', change.get('hip'))
     size = change.get('size', 4)
     layer = TIM(4, num_frames=8, kernel_size=change.get('taps', 3), device='cuda')
     x = torch.empty(8, 4, size, size, device='cuda')
-    assert [row[1:] for row in path.explain(layer, x)] == [('TIM', 'plain', reason)]
+    assert [row[1:] for row in explain(layer, x)] == [('TIM', 'plain', reason)]
     with use_path('triton'), pytest.raises(
             RuntimeError, match=f"^the path 'triton' is forced, but TIM can't take it: {reason}$"):
         layer(x)
@@ -362,5 +363,5 @@ def test_a_frozen_batch_norm_in_training_has_gradients(form):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), F.batch_norm(
-            ops.motion_conv(x, 3, layer.conv.weight, None), layer.bn.running_mean, layer.bn.running_var, layer.bn.weight,
-            layer.bn.bias) + x, rtol=1e-4, atol=1e-5)
+            ops.motion_conv(x, 3, layer.conv.weight, None), layer.bn.running_mean, layer.bn.running_var,
+            layer.bn.weight, layer.bn.bias) + x, rtol=1e-4, atol=1e-5)

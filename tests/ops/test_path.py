@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torch.utils.checkpoint
+from helpers import randomize
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, CMRBlock, ops, released, retrofit
@@ -149,10 +150,7 @@ def test_nothing_imports_triton_before_it_is_used():
 def block(**kwargs):
     torch.manual_seed(0)
     made = CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2, **kwargs)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.uniform_(-.5, .5)
-    return made.eval()
+    return randomize(made, everything=True).eval()
 
 
 def test_a_block_calls_an_operator_for_cme_and_tim_and_one_for_sme():

@@ -231,7 +231,8 @@ def test_tiny_features_have_the_laws_gradients(form, scale, layout):
 
 
 HUGE = [
-    (torch.float16, 3e4), (torch.bfloat16, 1e15), (F32, 1e15), (F32, 1e19), (F32, 1e30), (F32, 3e38), (torch.bfloat16, 1e30)]
+    (torch.float16, 3e4), (torch.bfloat16, 1e15), (torch.bfloat16, 1e30), (F32, 1e15), (F32, 1e19), (F32, 1e30),
+    (F32, 3e38)]
 
 
 @pytest.mark.parametrize('form, dtype, value', [

@@ -29,7 +29,8 @@ CONVOLUTIONS = [((2, 4, 24, 3, 3), 10), ((1, 8, 40, 3, 7), 136), ((1, 2, 5, 9, 1
 
 
 @pytest.mark.parametrize('shape, out_channels', CONVOLUTIONS, ids=str)
-@pytest.mark.parametrize('bias, dtype', [(False, F32), (True, F32), (True, torch.float16), (True, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    'bias, dtype', [(False, F32), (True, F32), (True, torch.float16), (True, torch.bfloat16)], ids=str)
 def test_one_kernel_gates_mixes_and_convolves(shape, out_channels, bias, dtype):
     from cmr_layers.ops.triton_cme_tim_conv import gated_conv
     n, t, channels, *size = shape

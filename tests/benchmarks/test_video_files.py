@@ -9,7 +9,7 @@ pytest.importorskip('av')
 
 from benchmarks import video_files
 
-RESULT = Path(__file__).parents[1] / 'benchmarks/results/video_files.json'
+RESULT = Path(__file__).parents[2] / 'benchmarks/results/video_files.json'
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='memory is limited and measured as on Linux')

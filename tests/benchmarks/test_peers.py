@@ -28,15 +28,7 @@ B, T, H, W = 2, 4, 3, 2
 
 
 def trained(model):
-    """Values as after training: also where `randomize` does not know a layer, or where one starts at zero."""
-    randomize(model)
-    with torch.no_grad():
-        for m in model.modules():
-            if isinstance(m, nn.Conv3d):
-                nn.init.kaiming_uniform_(m.weight, nonlinearity='linear')
-            if isinstance(m, (nn.Conv2d, nn.Conv3d)) and m.bias is not None:
-                m.bias.uniform_(-.7, .7)
-    return model.double().eval()
+    return randomize(model, everything=True).double().eval()
 
 
 def clips(channels, height=H, width=W):
@@ -122,7 +114,7 @@ def differences(q, weight):
 
 
 def mem_gates(clip, w1, bn1, w2, bn2, w3, bn3):
-    """peers.md 3: d_t = ReLU(BN(W1 p_t)) - ReLU(BN(W2 p_{t+1})), sigma(ReLU(BN(W3 d_t))), the last frame 1."""
+    """TEINet (AAAI 2020), its MEM, the last frame 1: d_t = ReLU(BN(W1 p_t)) - ReLU(BN(W2 p_{t+1})), sigma(ReLU(BN(W3 d_t)))."""
     p = [pooled(frame) for frame in clip]
     gates = []
     for t in range(len(p) - 1):
@@ -132,7 +124,7 @@ def mem_gates(clip, w1, bn1, w2, bn2, w3, bn3):
 
 
 def pem_gates(clip, w1, bn1, w2, bn2, w, b, wa, ba):
-    """peers.md 4: d as MEM's but d_T = 1, g_0 = 1; gamma_t = sigma(w.[d_t ; g_{t-1}] + b)."""
+    """TDRL (ECCV 2020), its PEM: d as MEM's but d_T = 1, g_0 = 1; gamma_t = sigma(w.[d_t ; g_{t-1}] + b)."""
     p = [pooled(frame) for frame in clip]
     r = len(w1)
     g = [1.] * r
@@ -151,19 +143,19 @@ def pem_gates(clip, w1, bn1, w2, bn2, w, b, wa, ba):
 
 
 def cmm(clip, squeeze, bn, dw, expand):
-    """peers.md 5: q = BN(1x1 h) without ReLU, the differences, a bare 1x1."""
+    """STM (ICCV 2019), its CMM: q = BN(1x1 h) without ReLU, the differences, a bare 1x1."""
     q = [pixelwise(frame, lambda v: norm(dot(squeeze, v), bn)) for frame in clip]
     return [pixelwise(frame, lambda v: dot(expand, v)) for frame in differences(q, dw)]
 
 
 def me_gates(clip, squeeze, bn1, dw, expand, bn3):
-    """peers.md 6: a = sigma(BN(1x1 GAP(m))) - 0.5."""
+    """TEA (CVPR 2020, Phoenix1327/tea-action-recognition), its ME: a = sigma(BN(1x1 GAP(m))) - 0.5."""
     q = [pixelwise(frame, lambda v: norm(dot(squeeze, v), bn1)) for frame in clip]
     return [[sigmoid(v) - .5 for v in norm(dot(expand, pooled(m)), bn3)] for m in differences(q, dw)]
 
 
 def gsm(clip, bn, weight, bias):
-    """peers.md 7, of the gated channels alone."""
+    """GSM (CVPR 2020, swathikirans/GSM), of the gated channels alone."""
     T, C, H, W = len(clip), len(clip[0]), len(clip[0][0]), len(clip[0][0][0])
     a = [pixelwise(frame, lambda v: relu(norm(v, bn))) for frame in clip]
     weight, half = weight.tolist(), C // 2      # weight (2, C/2, 3, 3, 3), one filter per half
@@ -558,7 +550,7 @@ def counted(name):
 
 
 @pytest.mark.parametrize('name', COUNTS)
-def test_counts_are_those_of_the_table(name):
+def test_counts_are_those_of_table_1(name):
     params, macs = COUNTS[name]
     found = counted(name)
     if name == 'tdrl':
