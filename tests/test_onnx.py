@@ -1,19 +1,20 @@
 """ONNX: both exporters of torch.onnx, onnxruntime's values, and the first step of its quantization guide."""
 import onnxruntime
 import pytest
-import timm
 import torch
 from helpers import randomize
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
-from cmr_layers import CME, SME, TIM, ClipModel, released
+from cmr_layers import CME, SME, TIM, ClipModel, CMRBasicBlock, CMRResNet, released
 
 T = 4
 MODELS = {
     'CME': lambda: CME(8, T), 'SME': lambda: SME(8, T, bias=True), 'TIM': lambda: TIM(8, T),
     'released CME': lambda: released.CME(8, T),
-    'cmr_resnet18': lambda: timm.create_model('cmr_resnet18', num_frames=T, channels=(8, 8, 8, 8), num_classes=3),
+    # the family's networks, but for their depth
+    'CMRResNet': lambda: CMRResNet(
+        CMRBasicBlock, (1, 1, 1, 1), num_frames=T, channels=(8, 8, 8, 8), num_classes=3),
     'ClipModel': lambda: ClipModel(nn.Sequential(
         nn.Conv2d(3, 8, 3, 4), CME(8, T), TIM(8, T), SME(8, T), nn.AdaptiveAvgPool2d(1), nn.Flatten()), T),
 }
@@ -26,9 +27,10 @@ def run(file, x):
     return torch.from_numpy(y)
 
 
-@pytest.mark.parametrize('dynamic', [False, True])
-@pytest.mark.parametrize('dynamo', [False, True])
-@pytest.mark.parametrize('name', MODELS)
+# a fixed batch is the layers' business alone: what is around them has no more to say about it
+@pytest.mark.parametrize('name, dynamo, dynamic', [
+    (name, dynamo, dynamic) for name in MODELS for dynamo in (False, True) for dynamic in (False, True)
+    if dynamic or name in ('CME', 'SME', 'TIM')])
 def test_values_and_quantization(name, dynamo, dynamic, tmp_path):
     model, size = randomize(MODELS[name]()).eval(), (8, 6, 5) if name.endswith(('CME', 'SME', 'TIM')) else (3, 32, 32)
 

@@ -114,7 +114,7 @@ def differences(q, weight):
 
 
 def mem_gates(clip, w1, bn1, w2, bn2, w3, bn3):
-    """TEINet (AAAI 2020), its MEM, the last frame 1: d_t = ReLU(BN(W1 p_t)) - ReLU(BN(W2 p_{t+1})), sigma(ReLU(BN(W3 d_t)))."""
+    """TEINet (AAAI 2020), MEM: d_t = ReLU(BN(W1 p_t)) - ReLU(BN(W2 p_{t+1})), sigma(ReLU(BN(W3 d_t))), last frame 1."""
     p = [pooled(frame) for frame in clip]
     gates = []
     for t in range(len(p) - 1):

@@ -59,7 +59,8 @@ def operator(name):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', NAMES)
 def test_opcheck(form, name, layout):
-    torch.manual_seed(0)
+    if form == 'triton' and layout == 'contiguous':
+        pytest.skip('what is registered is the same, and slow in the interpreter')
     opcheck(operator(name), arguments(name, LAYOUTS[layout], grad=True), {'triton': form == 'triton'})
 
 
@@ -93,7 +94,7 @@ def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, 
     y, *saved = operator(name)(*args, triton=triton)
     backward = torch.randn_like(y), *args, *saved, learns
     run = getattr(OPS, f'{kind}_backward').default
-    if dtype == torch.float32:
+    if dtype == torch.float32 and (learns or form == 'plain'):
         opcheck(run, backward, {'triton': triton})
     with FakeTensorMode() as mode:
         fake = run(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in backward), triton=triton)

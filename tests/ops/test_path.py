@@ -3,6 +3,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -121,18 +122,38 @@ def test_error_a_path_that_is_none():
         use_path('fast').__enter__()
 
 
+def start(value, monkeypatch):
+    """The module as a process has it that starts with a value of the environment variable."""
+    if value is None:
+        monkeypatch.delenv('CMR_LAYERS_PATH', raising=False)
+    else:
+        monkeypatch.setenv('CMR_LAYERS_PATH', value)
+    spec = importlib.util.spec_from_file_location('another_path', switch.__file__)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, 'another_path', module)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_the_environment_variable_forces_a_path():
     code = (
         'import torch; from cmr_layers import TIM; from cmr_layers.ops import explain;'
         'print(explain(TIM(8, num_frames=4), torch.randn(4, 8, 3, 2)))')
 
-    def run(value):
-        return subprocess.run(
-            [sys.executable, '-c', code], env={**os.environ, 'CMR_LAYERS_PATH': value}, capture_output=True, text=True)
+    environment = {**os.environ, 'CMR_LAYERS_PATH': 'reference'}
+    run = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == 'TIM  TIM  reference (forced)\n'
 
-    assert run('reference').stdout == 'TIM  TIM  reference (forced)\n'
-    assert run('auto').stdout == run('').stdout == 'TIM  TIM  plain (x is on cpu)\n'
-    assert "CMR_LAYERS_PATH must be one of 'auto', 'triton', 'plain', 'reference', got 'fast'" in run('fast').stderr
+
+@pytest.mark.parametrize('value', ['auto', '', None])
+def test_an_environment_variable_that_is_empty_leaves_the_choice(value, monkeypatch):
+    assert start(value, monkeypatch).forced == 'auto'
+
+
+def test_error_an_environment_variable_that_is_no_path(monkeypatch):
+    with pytest.raises(
+            ValueError, match=r"^CMR_LAYERS_PATH must be one of 'auto', 'triton', 'plain', 'reference', got 'fast'$"):
+        start('fast', monkeypatch)
 
 
 def test_nothing_imports_triton_before_it_is_used():
