@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 
-from cmr_layers import CME, SME, TIM, ops
+from cmr_layers import CME, SME, TIM, CMRBlock, ops
 
 cl, contiguous = torch.channels_last, torch.contiguous_format
 LAYOUTS = {'contiguous': contiguous, 'channels_last': cl}
@@ -119,3 +119,9 @@ def assert_same(before, after):
     assert list(before) == list(after)
     for (key, v), w in zip(before.items(), after.values(), strict=True):
         assert torch.equal(v, w), key
+
+
+def small_block(**kwargs):
+    """A block of 8 to 16 channels and clips of 4 frames, as after training."""
+    made = CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2, **kwargs)
+    return randomize(made, everything=True).eval()

@@ -13,10 +13,10 @@ import pytest
 import timm
 import torch
 import torch.utils.checkpoint
-from helpers import randomize
+from helpers import small_block as block
 from torch import nn
 
-from cmr_layers import CME, SME, TIM, ClipModel, CMRBlock, ops, released, retrofit
+from cmr_layers import CME, SME, TIM, ops
 from cmr_layers.ops import explain, use_path
 from cmr_layers.ops import path as switch
 
@@ -166,194 +166,11 @@ def test_nothing_imports_triton_before_it_is_used():
     assert before == after and ours == '[]\n'
 
 
-# Blocks: CME and TIM together
-
-def block(**kwargs):
-    torch.manual_seed(0)
-    made = CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2, **kwargs)
-    return randomize(made, everything=True).eval()
-
-
-def test_a_block_calls_an_operator_for_cme_and_tim_and_one_for_sme():
-    assert [row[:2] for row in paths(block(), torch.randn(4, 8, 3, 2))] == [
-        ('cme', 'CME + TIM'), ('sme', 'SME')]
-    assert [row[1] for row in paths(block(cme='none', sme='none'), torch.randn(4, 8, 3, 2))] == ['TIM']
-    assert [row[1] for row in paths(block(tim='none', sme='none'), torch.randn(4, 8, 3, 2))] == ['CME']
-
-
-def test_with_gradients_the_convolution_joins_cme_and_tim_and_its_input_is_not_kept():
-    made, x = block(), torch.randn(4, 8, 3, 2, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda v: kept.append(v) or v, lambda v: v):
-        made.conv1.register_forward_hook(lambda *args: None)
-        made(x)
-        with_hook = len({v.data_ptr() for v in kept if v.shape == x.shape})
-        kept.clear()
-        made.conv1._forward_hooks.clear()
-        y = made(x)
-    assert len({v.data_ptr() for v in kept if v.shape == x.shape}) == with_hook - 1
-    y.sum().backward()
-    assert x.grad.isfinite().all()
-
-
-@pytest.mark.parametrize('train', [False, True])
-def test_a_block_is_its_parts(train):
-    made, x = block().train(train), torch.randn(8, 8, 3, 2)
-    state = {key: v.clone() for key, v in made.state_dict().items()}
-    with torch.set_grad_enabled(train):
-        got = made(x)
-        made.load_state_dict(state)
-        with use_path('reference'):
-            torch.testing.assert_close(got, made(x), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize('which', ['cme', 'tim', 'conv1', 'sme.conv', 'sme.bn'])
-@pytest.mark.parametrize('grad', [False, True])
-def test_forwards_patched_on_an_instance_are_called(which, grad):
-    # as Accelerate's hooks and many profilers do
-    made, x, seen = block(), torch.randn(4, 8, 3, 2), []
-    with torch.set_grad_enabled(grad):
-        want = made(x)
-        part = made.get_submodule(which)
-        forward = part.forward
-        part.forward = lambda v: seen.append(which) or forward(v)
-        torch.testing.assert_close(made(x), want)
-    assert seen == [which]
-
-
-@pytest.mark.parametrize('which', ['cme', 'tim', 'conv1'])
-def test_hooks_on_the_parts_are_called(which):
-    made, x, seen = block(), torch.randn(4, 8, 3, 2), []
-    want = made(x)
-    handle = getattr(made, which).register_forward_hook(lambda m, args, y: seen.append(y.shape))
-    torch.testing.assert_close(made(x), want)
-    assert len(seen) == 1
-    handle.remove()
-    made(x)
-    assert len(seen) == 1
-    getattr(made, which).register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
-    made(x)
-    assert len(seen) == 2
-
-
-class Tripled(nn.BatchNorm2d):
-    def forward(self, x):
-        return 3 * super().forward(x)
-
-
-@pytest.mark.parametrize('norm_layer', [
-    timm.layers.BatchNormAct2d, Tripled, lambda n, **kw: nn.BatchNorm2d(n, affine=False),
-    lambda n, **kw: nn.GroupNorm(2, n),
-    nn.Identity,
-], ids=['BatchNormAct2d', 'subclass', 'not affine', 'GroupNorm', 'Identity'])
-def test_sme_in_inference_is_what_it_is_with_gradients(norm_layer):
-    layer, x = SME(8, num_frames=4, norm_layer=norm_layer).eval(), torch.randn(4, 8, 3, 2)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.uniform_(.5, 1)
-    want = layer(x)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), want)
-    with use_path('reference'):
-        torch.testing.assert_close(layer(x), want)
-
-
-def test_explain_tells_of_a_convolution_of_smes_that_is_not_plain():
-    layer = SME(8, num_frames=4).eval()
-    nn.utils.parametrizations.weight_norm(layer.conv)
-    assert paths(layer, torch.randn(4, 8, 3, 2)) == [
-        ('SME', 'SME', 'reference', 'its convolution is hooked or not an nn.Conv2d')]
-
-
 def test_a_traced_network_is_the_reference():
     model, x = timm.create_model('cmr_resnet18', num_frames=2, num_classes=3).eval(), torch.randn(1, 2, 3, 32, 32)
     traced = torch.jit.trace(model, x)
     torch.testing.assert_close(traced(x), model(x), rtol=1e-4, atol=1e-5)
     assert 'cmr_layers::' not in str(traced.inlined_graph)
-
-
-def test_hooks_on_the_parts_of_sme_are_called():
-    layer, x, seen = SME(8, num_frames=4).eval(), torch.randn(4, 8, 3, 2), []
-    layer.conv.register_forward_hook(lambda *args: seen.append('conv'))
-    layer.bn.register_forward_hook(lambda *args: seen.append('bn'))
-    with torch.no_grad():
-        layer(x)
-    assert seen == ['conv', 'bn']
-
-
-class TwiceClips(TIM):
-    def forward_clips(self, x):
-        return 2 * super().forward_clips(x)
-
-
-class TwiceFrames(TIM):
-    def forward_frames(self, x, num_frames):
-        return 2 * super().forward_frames(x, num_frames)
-
-
-class Twice(TIM):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize('Twice', [TwiceClips, TwiceFrames, Twice])
-def test_layers_of_another_arithmetic_are_called_as_they_are(Twice):
-    x = torch.randn(4, 8, 3, 2)
-    torch.testing.assert_close(Twice(8, num_frames=4)(x), 2 * TIM(8, num_frames=4)(x))
-    made, x = block(), torch.randn(4, 8, 3, 2)
-    twice = Twice(8, num_frames=4)
-    twice.load_state_dict(made.tim.state_dict())
-    with torch.no_grad():
-        want = made.cme(x)
-        made.tim = twice
-        seen = []
-        made.conv1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        made(x)
-    torch.testing.assert_close(seen[0], 2 * TIM.forward_frames(twice, want, 4))
-    released_block = released.CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2).eval()
-    assert [row[1] for row in paths(released_block, x)] == ['TIM', 'SME']
-
-
-def test_a_layer_with_forward_clips_only_is_used():
-    class Rolled(SME):
-        def forward_clips(self, x):
-            return x.roll(1, 1)
-
-    x = torch.randn(4, 8, 3, 2)
-    assert torch.equal(Rolled(8, num_frames=4)(x), x.roll(1, 0))
-
-
-def test_error_a_block_wants_a_tensor():
-    with pytest.raises(TypeError, match=r"^x must be a tensor, got <class 'list'>$"):
-        block()([1])
-
-
-def test_convolutions_that_are_not_pytorchs_own_run_themselves():
-    class Louder(nn.Conv2d):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    made, x = block(), torch.randn(4, 8, 3, 2)
-    conv = Louder(8, 4, 1, bias=False)
-    conv.load_state_dict(made.conv1.state_dict())
-    seen = []
-    with torch.no_grad():
-        made.bn1.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
-        made(x)
-        made.conv1 = conv
-        made(x)
-    torch.testing.assert_close(seen[1], 2 * seen[0])
-
-
-def test_a_retrofitted_network_takes_one_pass_for_cme_and_tim():
-    net = timm.create_model('resnet18', num_classes=3).eval()
-    report = retrofit(net, num_frames=4)
-    model, x = ClipModel(net, num_frames=4).eval(), torch.randn(1, 4, 3, 32, 32)
-    rows = paths(model, x)
-    kinds = [insertion.kind for insertion in report]
-    assert len(rows) == kinds.count('CME') + kinds.count('SME')
-    assert {row[1] for row in rows} == {'CME + TIM', 'SME'}
-    assert all(row[0].startswith('model.layer') for row in rows)
 
 
 def test_explain_reads_as_a_table():
