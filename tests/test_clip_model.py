@@ -352,7 +352,11 @@ def test_set_num_frames_reaches_wrapper_and_layers():
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 def test_a_wrapped_timm_network_copies_pickles_scripts_compiles_and_traces():
     torch._dynamo.reset()
-    model, x = pair()[1], clips()
+    # a block in each stage: deeper networks take the compilers longer, and have nothing else in them
+    block = timm.models.resnet.BasicBlock
+    network = timm.models.resnet.ResNet(block, (1, 1, 1, 1), num_classes=5, channels=(64, 8, 8, 8))
+    retrofit(network, num_frames=T)
+    model, x = ClipModel(randomize(network).eval(), T), clips()
     want = model(x)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(x), want) and other.num_classes == 5 and other.model is not model.model

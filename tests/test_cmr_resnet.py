@@ -681,14 +681,20 @@ def dynamo():
     torch._dynamo.reset()
 
 
+def shallow():
+    """A block in each stage: deeper networks take a compiler longer, and have nothing else in them."""
+    model = CMRResNet(CMRBasicBlock, (1, 1, 1, 1), num_frames=T, num_classes=5, **SMALL['resnet18'])
+    return randomize(model).eval()
+
+
 def test_compile_is_one_graph(dynamo):
-    model, x = small(), clips()
+    model, x = shallow(), clips()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_compile_trains(dynamo):
-    model, x = small().double().train(), clips(dtype=torch.float64)
+    model, x = shallow().double().train(), clips(dtype=torch.float64)
     twin = copy.deepcopy(model)
     torch.compile(model, fullgraph=True, backend='aot_eager')(x).square().sum().backward()
     twin(x).square().sum().backward()
@@ -697,7 +703,7 @@ def test_compile_trains(dynamo):
 
 
 def test_export_with_a_dynamic_batch():
-    model = small()
+    model = shallow()
     program = torch.export.export(model, (clips(3),), dynamic_shapes=({0: torch.export.Dim('b', min=1, max=16)},))
     for batch in (1, 2, 5):
         x = clips(batch)

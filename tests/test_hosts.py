@@ -33,7 +33,8 @@ SMALL = {'num_classes': 5, 'zero_init_last': False, 'channels': (64, 16, 16, 16)
 
 
 def resnet():
-    return timm.create_model('resnet18', **SMALL)
+    # timm's resnet18 of half the depth
+    return timm.models.resnet.ResNet(timm.models.resnet.BasicBlock, (2, 2, 1, 1), **SMALL)
 
 
 def images(*shape):

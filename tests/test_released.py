@@ -196,7 +196,7 @@ def test_cme_refuses_a_reduction_that_does_not_divide():
 def test_checkpoint_gives_the_released_codes_logits(state_dict, wrap, tmp_path):
     torch.save(wrap(state_dict), tmp_path / 'sthv1_8f.pth.tar')
     model = released.load_released_checkpoint(tmp_path / 'sthv1_8f.pth.tar', num_frames=4)
-    x = torch.randn(2, 4, 3, 64, 64)
+    x = torch.randn(2, 4, 3, 32, 32)
     with torch.no_grad():
         logits, expected = model(x), released_forward(x.flatten(0, 1), state_dict, (3, 4, 6, 3), t=4)
     assert logits.shape == (2, 174)
@@ -207,7 +207,7 @@ def test_checkpoint_gives_the_released_codes_logits(state_dict, wrap, tmp_path):
 def test_checkpoint_gives_the_released_codes_logits_in_float64(state_dict):
     double = {key: value.double() if value.is_floating_point() else value for key, value in state_dict.items()}
     model = released.load_released_checkpoint(state_dict, num_frames=4).double()
-    x = torch.randn(1, 4, 3, 64, 64, dtype=torch.float64)
+    x = torch.randn(1, 4, 3, 32, 32, dtype=torch.float64)
     with torch.no_grad():
         expected = released_forward(x.flatten(0, 1), double, (3, 4, 6, 3), t=4)
         torch.testing.assert_close(model(x), expected, rtol=1e-9, atol=1e-9)
@@ -219,7 +219,7 @@ def test_deep_checkpoint_leaves_every_other_block_alone():
     model = released.load_released_checkpoint(state_dict, num_frames=2)
     kinds = [type(block.cme).__name__ for block in model.layer3]
     assert kinds == ['CME', 'Identity'] * 11 + ['CME']
-    x = torch.randn(1, 2, 3, 64, 64)
+    x = torch.randn(1, 2, 3, 32, 32)
     with torch.no_grad():
         expected = released_forward(x.flatten(0, 1), state_dict, layers, t=2)
         torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
@@ -232,13 +232,12 @@ def test_loaded_model_has_the_released_layers_where_the_file_has_them(state_dict
     assert not model.training and model.drop_rate == 0.5 and model.num_frames == 8 and model.num_classes == 174
 
 
-@pytest.mark.parametrize('depth, n_round', [(50, 1), (101, 2)])
-def test_timm_saves_a_released_model_and_loads_it_again(depth, n_round, tmp_path):
-    layers = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[depth]
-    model = released.load_released_checkpoint(released_state_dict(layers, 7, n_round), num_frames=2)
+def test_timm_saves_a_released_model_and_loads_it_again(tmp_path):
+    # of the two kinds, the one with blocks that have no CME
+    model = released.load_released_checkpoint(released_state_dict((3, 4, 23, 3), 7, n_round=2), num_frames=2)
     timm.models.save_for_hf(model, tmp_path)
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    x = torch.randn(1, 2, 3, 64, 64)
+    x = torch.randn(1, 2, 3, 32, 32)
     assert again.num_frames == 2
     assert torch.equal(again(x), model(x))
 
@@ -282,7 +281,7 @@ def test_a_whole_training_checkpoint_comes_in_three_ways(zipped, tmp_path):
     for other in others:
         assert other.keys() == first.keys()
         assert all(torch.equal(other[key], value) for key, value in first.items())
-    x = torch.randn(1, 4, 3, 64, 64)
+    x = torch.randn(1, 4, 3, 32, 32)
     assert torch.equal(models[0](x), models[1](x)) and torch.equal(models[0](x), models[2](x))
     assert first['layer1.0.cme.w1.1.num_batches_tracked'] == 1000
 
@@ -306,7 +305,7 @@ def test_our_own_state_dict_is_taken_too(state_dict):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
 def test_other_precisions_become_float32(state_dict, dtype):
     other = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state_dict.items()}
     model = released.load_released_checkpoint(other)
@@ -677,7 +676,7 @@ def test_image_weights_start_everything_but_the_temporal_layers(source, num_clas
     assert not state['layer2.0.sme.bn.weight'].any()
 
 
-@pytest.mark.parametrize('num_classes', [174, 10, 0])
+@pytest.mark.parametrize('num_classes', [174, 10])
 @pytest.mark.parametrize('change', [
     lambda sd: {key: value for key, value in sd.items() if 'layer2.0.net.conv1' not in key},
     lambda sd: {key: value for key, value in sd.items() if 'trans_att' not in key},

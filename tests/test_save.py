@@ -91,9 +91,9 @@ MADE = {
     'cme first': lambda: retrofitted(cme='first', sme='none'),
     'tim first': lambda: retrofitted(cme='none', tim='first', sme='all'),
     'tag': lambda: retrofitted(timm.create_model('resnet18.a1_in1k')),
-    'se': lambda: retrofitted(timm.create_model('seresnext26t_32x4d', num_classes=5)),
+    'se': lambda: retrofitted(resnet('seresnext26t_32x4d', channels=(64, 16, 16, 16))),
     'block_args': lambda: retrofitted(resnet(block_args={'attn_layer': 'se'}, act_layer='silu')),
-    'hooks': lambda: retrofitted(timm.create_model('res2net50_14w_8s', num_classes=5)),
+    'hooks': lambda: retrofitted(resnet('res2net50_14w_8s', channels=(64, 64, 64, 64))),
     'other classes': lambda: retrofitted(reset(resnet(), 7)),
     'no classes': lambda: retrofitted(reset(resnet(), 0)),
     'float64': lambda: retrofitted(resnet().double()),
@@ -130,7 +130,7 @@ MADE = {
     'in a clip model': lambda: inserted(ClipModel(resnet(), T), (SME, 'model.layer1.0', {})),
     'unsaved buffers': lambda: ClipModel(timm.create_model(
         'swin_tiny_patch4_window7_224', img_size=64, window_size=2, depths=(1, 1, 1, 1)).bfloat16(), T),
-    'unsaved filters': lambda: retrofitted(timm.create_model('resnetblur50', num_classes=5).bfloat16()),
+    'unsaved filters': lambda: retrofitted(resnet('resnetblur50').bfloat16()),
 }
 # Networks that load_model() needs: what was saved, and what it is given
 GIVEN = {

@@ -8,7 +8,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import randomize
+from helpers import assert_near, randomize
 from interpreter import DEVICE, interpreted
 from torch import nn
 
@@ -75,10 +75,10 @@ def run(layer, x, g):
     return [y.detach(), *gradients, *layer.buffers()]
 
 
-def assert_near(got, want, tolerance=2e-4):
+def assert_all_near(got, want, times=100):
+    # of layers with batch norms: another order of the pixels would be off by as much as the values are
     for a, b in zip(got, want, strict=True):
-        assert a.shape == b.shape
-        torch.testing.assert_close(a.double().cpu(), b.double(), rtol=tolerance, atol=tolerance * (1 + b.abs().max()))
+        assert_near(a, b, torch.float32, times, unit=1 + b.abs().max().item())
 
 
 def assert_canonical(y):
@@ -110,7 +110,7 @@ def test_values_and_gradients_do_not_depend_on_strides(name, size, train, path):
         # each form of x with its own kind of gradient or a contiguous one, and contiguous frames with each form of it
         for v, u in [*zip(xs[::2], gs[::2], strict=True), *((v, g) for v in xs[1::2]), *((x, u) for u in gs)]:
             got = run(layer, *((v.double(), u.double()) if path == 'float64' else (v, u)))
-            assert_near(got, want)
+            assert_all_near(got, want)
             if name in ('CME', 'SME', 'TIM', 'released CME'):
                 assert_canonical(got[0])
 
@@ -124,7 +124,7 @@ def test_inference_does_not_depend_on_strides(name, size):
             want = copy.deepcopy(layer).double()(x.double())
         for path, v in itertools.product(('auto', 'reference'), forms(x)):
             with use_path(path):
-                assert_near([layer(v)], [want])
+                assert_all_near([layer(v)], [want])
 
 
 @pytest.mark.parametrize('size', SIZES, ids=str)
@@ -137,8 +137,8 @@ def test_the_kernels_do_not_depend_on_strides(name, size):
     want = exact(layer, x, g)
     layer = layer.to(DEVICE)
     with interpreted(), use_path('triton'):
-        for v, u in list(zip(forms(x), forms(g), strict=True))[1::4]:
-            assert_near(run(layer, v.to(DEVICE), u.to(DEVICE)), want, 1e-3)
+        for v, u in list(zip(forms(x), forms(g), strict=True))[1::5]:
+            assert_all_near(run(layer, v.to(DEVICE), u.to(DEVICE)), want)
 
 
 @pytest.mark.parametrize('path', ['auto', 'reference'])
@@ -156,7 +156,7 @@ def test_tokens_and_back(path):
     tokens.requires_grad_()
     with use_path(path):
         got = torch.autograd.grad(through(layer, tokens), [tokens, *layer.parameters()], g)
-    assert_near(got, want)
+    assert_all_near(got, want)
 
 
 @pytest.mark.parametrize('path', ['auto', 'reference'])
@@ -166,7 +166,7 @@ def test_a_still_does_not_depend_on_strides(name, path):
     want = exact(layer, x, g)
     with use_path(path):
         for v, u in [*zip(forms(x), forms(g), strict=True), *((x, u) for u in forms(g))][::2]:
-            assert_near(run(layer, v, u), want)
+            assert_all_near(run(layer, v, u), want)
 
 
 @pytest.mark.parametrize('name', ['CME', 'SME', 'TIM'])
@@ -178,7 +178,7 @@ def test_clips_do_not_depend_on_strides(name, size):
     want = exact(layer, x, g)
     for stride, other in itertools.product((0, 1, 7, 1000), repeat=2):
         got = run(layer, restrided(x, stride), restrided(g, other))
-        assert_near(got, want)
+        assert_all_near(got, want)
         assert got[0].stride() == torch.empty(x.shape).stride()
 
 
@@ -193,7 +193,7 @@ def test_compiled_layers_do_not_depend_on_strides(name):
         compiled, v = torch.compile(fresh, fullgraph=True, backend='aot_eager'), v.detach().requires_grad_()
         y = compiled(v)
         got = [y.detach(), *torch.autograd.grad(y, [v, *fresh.parameters()], g), *fresh.buffers()]
-        assert_near(got, want)
+        assert_all_near(got, want)
 
 
 @pytest.mark.parametrize('form', ['plain', 'triton'])

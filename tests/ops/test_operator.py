@@ -10,7 +10,8 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from cmr_layers import SME, TIM, CMRBlock, ops
+from cmr_layers import CME, SME, TIM, CMRBlock, ops
+from cmr_layers.cme_tim import cme_tim_conv
 from cmr_layers.ops import explain, use_path
 from cmr_layers.ops import path as switch
 
@@ -214,8 +215,8 @@ def counted(graph_modules):
     return [str(node.target) for g in graph_modules for node in g.graph.nodes if 'cmr_layers' in str(node.target)]
 
 
-@pytest.mark.parametrize('train', [False, True])
-@pytest.mark.parametrize('dynamic', [False, True])
+@pytest.mark.parametrize('form, train, dynamic', [
+    ('plain', False, False), ('plain', False, True), ('plain', True, True), ('triton', True, False)], indirect=['form'])
 def test_compiles_into_one_graph_that_holds_the_operators(form, net, train, dynamic):
     graphs = []
 
@@ -237,9 +238,21 @@ def test_compiles_into_one_graph_that_holds_the_operators(form, net, train, dyna
     assert names == ['cme_tim', 'motion_conv', 'cme_tim']
 
 
+class Layers(nn.Module):
+    """All operators and little else, as Inductor compiles what is between them in a process a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.cme, self.tim, self.conv = CME(8, 3, reduction=4), TIM(8, 3), nn.Conv2d(8, 4, 1)
+        self.sme = SME(4, 3)
+
+    def forward(self, x):
+        return self.sme(cme_tim_conv(self.cme, self.tim, self.conv, x))
+
+
 @pytest.mark.parametrize('backend', ['aot_eager', 'inductor'])
-def test_compiled_training_step(net, backend):
-    x = new(6, 8, 4, 4, layout=cl)
+def test_compiled_training_step(backend):
+    net, x = randomize(Layers(), everything=True).to(DEVICE), new(6, 8, 4, 4, layout=cl)
     net(x).square().mean().backward()
     want = [p.grad.clone() for p in net.parameters()]
     net.zero_grad()
