@@ -1,4 +1,5 @@
 """What the tests share: makers of frames, weights and networks with values as after training, and how near is near."""
+import timm
 import torch
 from torch import nn
 
@@ -125,3 +126,15 @@ def small_block(**kwargs):
     """A block of 8 to 16 channels and clips of 4 frames, as after training."""
     made = CMRBlock(8, 4, downsample=nn.Conv2d(8, 16, 1), num_frames=4, reduction=2, **kwargs)
     return randomize(made, everything=True).eval()
+
+
+def image_net(name='resnet18', **kwargs):
+    """A ResNet of timm's with few channels."""
+    channels = {'resnet18': (64, 16, 16, 16), 'resnet26': (16, 8, 8, 8), 'resnet50': (16, 8, 8, 8)}
+    kwargs = {'num_classes': 5, 'zero_init_last': False, 'channels': channels[name], **kwargs}
+    return randomize(timm.create_model(name, **kwargs)).eval()
+
+
+def res2net():
+    """A ResNet whose blocks are changed by hosts, not by their class."""
+    return timm.models.ResNet(timm.models.res2net.Bottle2neck, (1, 1, 1, 1), base_width=14, channels=(16, 8, 8, 8))

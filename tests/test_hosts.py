@@ -7,7 +7,6 @@ import copy
 import gc
 import io
 import pickle
-import sys
 import weakref
 
 import peft
@@ -15,7 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import anatomy, assert_same, randomize, values
+from helpers import anatomy, randomize, res2net
 from torch import fx, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.fx.experimental.optimization import fuse
@@ -24,7 +23,6 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
 from cmr_layers import CME, SME, TIM, ClipModel, insert, restore, retrofit
-from cmr_layers.attach import all_or_nothing
 from cmr_layers.clip import ClipLayer
 from cmr_layers.hosts import Host
 
@@ -541,94 +539,6 @@ def test_error_an_input_by_keyword_after_all():
     model.keyword = True
     with pytest.raises(TypeError, match=r'^conv must get its input as a positional argument, since layers'):
         model(images())
-
-
-# All or nothing
-
-class Stop(BaseException):
-    """As Ctrl-C: no Exception."""
-
-
-def interrupt(function, files, after):
-    """Run function, raise Stop at the line number ``after`` that runs in these files; whether it came so far."""
-    lines = 0
-
-    def trace(frame, event, arg):
-        nonlocal lines
-        if not frame.f_code.co_filename.endswith(files):
-            return None
-        if event == 'line':
-            lines += 1
-            if lines == after:
-                raise Stop
-        return trace
-
-    sys.settrace(trace)
-    try:
-        function()
-    except Stop:
-        return True
-    finally:
-        sys.settrace(None)
-    return False
-
-
-def res2net():
-    return timm.models.ResNet(timm.models.res2net.Bottle2neck, (1, 1, 1, 1), base_width=14, channels=(16, 8, 8, 8))
-
-
-@pytest.mark.parametrize('name', ['insert', 'retrofit', 'retrofit of hosts', 'restore'])
-def test_an_interrupt_leaves_all_or_nothing(name):
-    def make():
-        if name == 'insert':
-            return nn.Sequential(nn.Conv2d(3, 8, 1), timm.layers.DropPath(.5), nn.ReLU())
-        return res2net() if name == 'retrofit of hosts' else timm.models.ResNet(
-            timm.models.resnet.BasicBlock, (1, 1, 1, 1), channels=(16, 8, 8, 8))
-
-    def act(model):
-        if name == 'restore':
-            restore(model)
-        elif name == 'insert':
-            insert(model, CME, ['0', '2'], example_input=torch.zeros(1, 3, 4, 4))
-        else:
-            retrofit(model, num_frames=T)
-
-    files = tuple(f'cmr_layers/{file}.py' for file in ('attach', 'hosts', 'drop', 'retrofit', 'insert', 'probe'))
-    model = make()
-    if name == 'restore':
-        insert(model, SME, 'layer2.0')
-        insert(model, TIM, ['layer1.0.conv1', 'conv1'], 'before')
-    before, classes = anatomy(model), [type(module) for module in model.modules()]
-    interrupts, after = 0, 1
-    while interrupt(lambda: act(model), files, after):
-        if anatomy(model) != before:  # it was after the last change: all of it is there
-            break
-        assert [type(module) for module in model.modules()] == classes
-        interrupts, after = interrupts + 1, 1 + int(after * (1.01 if name == 'insert' else 1.2))
-    assert interrupts > 20
-    if anatomy(model) == before:
-        act(model)
-    if name != 'restore':
-        restore(model)
-        assert anatomy(model) == before
-    assert not any(isinstance(module, (ClipLayer, Host)) for module in model.modules())
-
-
-def test_what_fails_is_undone():
-    model = resnet()
-    before, state = anatomy(model), values(model)
-    handle = model.layer1[0].register_forward_hook(lambda *args: None)
-    with pytest.raises(KeyError), all_or_nothing(model):
-        model.layer1[0].add_module('x', nn.ReLU())
-        model.layer1[0].__class__ = nn.ReLU
-        model.layer2[0].conv1 = nn.Identity()
-        model.layer3[0].register_forward_pre_hook(print)
-        del model.layer4
-        model.layer1[1].stride = 7
-        raise KeyError
-    handle.remove()  # it still knows the dictionary that its hook is in
-    assert anatomy(model) == before
-    assert_same(state, model.state_dict())
 
 
 # Memory

@@ -454,38 +454,6 @@ def test_error_no_module_to_hold_the_layer():
         insert(model, TIM, '0')    # a ModuleDict has no forward
 
 
-# Images to find the channels with
-
-def test_networks_of_a_fixed_size_get_their_own_size():
-    model = timm.create_model('levit_conv_128s', device='meta')
-    assert model.pretrained_cfg['fixed_input_size']
-    assert [i.channels for i in insert(model, TIM, 'stages.*.blocks.0', where='before')]
-    model = timm.create_model('maxvit_rmlp_pico_rw_256', device='meta')
-    assert [i.channels for i in insert(model, SME, 'stages.*', num_frames=T)] == [32, 64, 128, 256]
-    assert model.eval()(torch.empty(T, 3, 256, 256, device='meta')).shape == (T, 1000)
-
-
-@pytest.mark.parametrize('in_chans', [1, 2, 6])
-def test_networks_with_other_input_channels(in_chans):
-    model = timm.create_model('mobilenetv3_small_050', in_chans=in_chans, device='meta')
-    assert len(insert(model, TIM, 'blocks.*')) == 6
-
-
-def test_example_input():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(8 * 6 * 5, 3)
-
-        def forward(self, x):
-            return self.head(self.conv(x[:, 1:]).flatten(1))
-
-    with pytest.raises(ValueError, match=r'Pass one that it can run on as example_input$'):
-        insert(Odd(), TIM, 'conv')
-    model = Odd()
-    assert insert(model, TIM, 'conv', example_input=torch.zeros(1, 3, 6, 5)).insertions[0].channels == 8
-    assert model(images(T, 3, 6, 5)).shape == (T, 3)
-
 
 # The report, and undoing
 
@@ -511,21 +479,3 @@ def test_restore_takes_out_what_several_calls_put_in():
             r'^model \(Net\) holds nothing that insert\(\) or retrofit\(\) put in$')):
         restore(model)
     assert len(insert(model, CME, 'blocks.*')) == 2
-
-
-def test_error_channels_last_modules():
-    # ConvNeXt's norms and Swin's blocks see (N, H, W, C): dimension 1 is no channel there
-    with pytest.raises(ValueError, match=r"^the output of at='stages.0.blocks.0.norm' looks like \(N, H, W, C\)"):
-        insert(timm.create_model('convnext_atto', conv_mlp=False, device='meta'), TIM, 'stages.0.blocks.0.norm')
-
-
-def test_channels_follow_the_images_that_the_model_declares():
-    model = timm.create_model('resnet18', in_chans=1)
-    assert insert(model, TIM, 'conv1', where='before').insertions[0].channels == 1
-    model = timm.create_model('tresnet_m')  # its first convolution sees 48 channels, its image has 3
-    assert insert(model, TIM, 'body.layer1').insertions[0].channels == 64
-
-
-def test_a_map_that_is_as_high_as_it_has_channels_is_no_channels_last():
-    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU())
-    assert insert(model, SME, at='1', example_input=torch.zeros(1, 3, 32, 48)).insertions[0].channels == 32

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import transformers
-from helpers import anatomy, assert_same, randomize, values
+from helpers import anatomy, assert_same, image_net, randomize, values
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
@@ -28,12 +28,6 @@ LAYERS = (CME, SME, TIM)
 TORCHVISION = [
     'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d',
     'resnext101_64x4d', 'wide_resnet50_2', 'wide_resnet101_2']
-
-
-def image_net(name='resnet18', **kwargs):
-    channels = {'resnet18': (64, 16, 16, 16), 'resnet26': (16, 8, 8, 8), 'resnet50': (16, 8, 8, 8)}
-    kwargs = {'num_classes': 5, 'zero_init_last': False, 'channels': channels[name], **kwargs}
-    return randomize(timm.create_model(name, **kwargs)).eval()
 
 
 def images(*shape, **kwargs):
@@ -155,41 +149,6 @@ def test_identity_start_in_training_mode():
     assert torch.equal(model(x), twin(x))
     for key, v in twin.state_dict().items():
         assert torch.equal(model.state_dict()[key], v), key    # the running statistics
-
-
-def test_probing_leaves_no_trace():
-    model = image_net().train()
-    model.layer1.eval()
-    model.layer2[0].bn1.eval()
-    for p in model.layer1.parameters():
-        p.requires_grad_(False)
-    before, state = anatomy(model), values(model)
-    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-    retrofit(model, num_frames=T)
-    assert {n: m.training for n, m in model.named_modules() if n in {row[0] for row in before}} == \
-        {row[0]: row[5] for row in before}
-    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
-    assert not model.layer1[0].sme.training and not model.layer1[0].sme.bn.training    # as its block
-    assert model.layer3[0].sme.training and model.layer3[0].sme.bn.training
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(model.state_dict()[key], v) for key, v in state.items())
-    restore(model)
-    assert anatomy(model) == before
-    assert {n for n, p in model.named_parameters() if not p.requires_grad} == frozen
-
-
-def test_probing_leaves_no_trace_when_it_fails():
-    class Broken(nn.Module):
-        def forward(self, x):
-            raise RuntimeError('broken head')
-
-    model = image_net().train()
-    model.layer2.eval()
-    model.fc = Broken()
-    before = anatomy(model)
-    with pytest.raises(ValueError, match=r'could not run on an image of shape .*broken head'):
-        retrofit(model)
-    assert anatomy(model) == before
 
 
 def test_hooks_of_others_stay():
@@ -698,49 +657,6 @@ def test_error_arguments_leave_the_network_alone(kwargs, message):
     assert anatomy(model) == before
 
 
-def test_error_restore_without_anything_to_take_out():
-    model = image_net()
-    with pytest.raises(ValueError, match=r'^model \(ResNet\) holds nothing that insert\(\) or retrofit\(\) put in$'):
-        restore(model)
-    retrofit(model)
-    restore(model)
-    with pytest.raises(ValueError, match=r'^model \(ResNet\) holds nothing'):
-        restore(model)
-
-
-def test_restore_finds_the_layers_from_a_wrapper_and_in_a_part():
-    model, wrapped = image_net(), nn.Sequential(image_net())
-    keys = list(model.state_dict())
-    retrofit(wrapped[0])
-    restore(wrapped)
-    assert list(wrapped[0].state_dict()) == keys
-    retrofit(model)
-    restore(model.layer1)
-    assert not any(isinstance(m, ClipLayer) for m in model.layer1.modules())
-    assert any(isinstance(m, ClipLayer) for m in model.layer2.modules())
-
-
-def test_restore_finds_the_layers_of_a_block_that_was_copied_alone():
-    model = image_net()
-    keys = list(model.state_dict())
-    retrofit(model)
-    model.layer1[0] = copy.deepcopy(model.layer1[0])
-    restore(model)
-    assert list(model.state_dict()) == keys
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-def test_the_hooked_convolution_copied_alone_keeps_the_registered_layers():
-    # folding a batch norm copies the convolution, and with it its hooks
-    model, x = image_net(), torch.randn(4, 3, 32, 32)
-    retrofit(model, num_frames=4)
-    block = model.layer1[0]
-    block.conv1, block.bn1 = nn.utils.fuse_conv_bn_eval(block.conv1, block.bn1), nn.Identity()
-    want = model(x)
-    nn.init.zeros_(block.tim.weight)
-    assert not torch.equal(model(x), want)
-
-
 def test_error_resnet_without_a_conv2d():
     class Block(nn.Module):
         def __init__(self):
@@ -768,24 +684,6 @@ def test_clip_model_averages_the_logits_of_transformers():
         torch.testing.assert_close(ClipModel(model, num_frames=4)(clip), want)
 
 
-def test_error_restore_of_a_copied_part_leaves_the_network_alone():
-    model, x = image_net(), images()
-    retrofit(model, num_frames=T)
-    want = model(x)
-    with pytest.raises(ValueError, match=r'^model \(Conv2d\) holds nothing that insert\(\) or retrofit\(\) put in$'):
-        restore(copy.deepcopy(model.layer1[0].conv1))
-    assert torch.equal(model(x), want)
-
-
-def test_error_restore_of_a_part_that_runs_layers_leaves_the_network_alone():
-    model, x = randomize(timm.create_model('res2net50_14w_8s', num_classes=5)).eval(), images(T, 3, 32, 32)
-    retrofit(model, num_frames=T)
-    want = model(x)
-    with pytest.raises(ValueError, match=r'^model \(Conv2d\) is only a part: layer1\.0\.cme belongs to a'):
-        restore(model.layer1[0].conv1)
-    assert torch.equal(model(x), want)
-
-
 @pytest.mark.parametrize('compile_', [lambda m: m.compile(), lambda m: setattr(m, 'layer1', torch.compile(m.layer1))])
 def test_error_parts_are_compiled(compile_):
     model = image_net()
@@ -809,8 +707,3 @@ for _ in range(300):
 assert torch.equal(model(x), want)
 """
     subprocess.run([sys.executable, '-c', script, str(tmp_path / 'model.pt')], check=True)
-
-
-def test_error_example_input_is_one_image():
-    with pytest.raises(ValueError, match=r'^example_input must be one image \(1, C, H, W\), got \[4, 3, 64, 64\]$'):
-        retrofit(image_net(), example_input=torch.zeros(4, 3, 64, 64))
