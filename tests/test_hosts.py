@@ -53,7 +53,8 @@ def put(at, where='after', layer=SME, model=None):
 RETROFITS = {
     'timm basic': lambda: resnet(),
     'timm bottleneck': lambda: timm.create_model('resnet26', **{**SMALL, 'channels': (16, 8, 8, 8)}),
-    'torchvision basic': lambda: torchvision.models.resnet18(num_classes=5),
+    'torchvision basic': lambda: torchvision.models.ResNet(
+        torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5),
     'torchvision bottleneck': lambda: torchvision.models.ResNet(
         torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5),
 }

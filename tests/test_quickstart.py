@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_video import write_video
+from videos import write_video
 
 from cmr_layers.video import read_clip
 from cmr_layers.visualize import motion_agreement, motion_maps

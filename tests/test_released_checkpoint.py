@@ -21,10 +21,10 @@ def state_dict():
     return released_state_dict()
 
 
-@pytest.mark.parametrize('zipped', [True, False])
-def test_a_whole_training_checkpoint_comes_in_three_ways(zipped, tmp_path):
+def test_a_whole_training_checkpoint_comes_in_three_ways(tmp_path):
+    # in the older of the two formats; the other one is what all other tests write
     file = str(tmp_path / 'ckpt.pth.tar')
-    torch.save(whole(released_state_dict(num_classes=7)), file, _use_new_zipfile_serialization=zipped)
+    torch.save(whole(released_state_dict(num_classes=7)), file, _use_new_zipfile_serialization=False)
     name, args = 'released_cmr_resnet50', {'num_classes': 7, 'num_frames': 4}
     with warnings.catch_warnings():
         warnings.simplefilter('error')

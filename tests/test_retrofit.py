@@ -26,8 +26,7 @@ MODULES = ('resnet', 'res2net', 'resnest', 'sknet')
 NAMES = [name for module in MODULES for name in timm.list_models(module=module)]
 LAYERS = (CME, SME, TIM)
 TORCHVISION = [
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x8d',
-    'resnext101_64x4d', 'wide_resnet50_2', 'wide_resnet101_2']
+    'resnet18', 'resnet34', 'resnet50', 'resnext50_32x4d', 'resnext101_64x4d', 'wide_resnet50_2']
 
 
 def images(*shape, **kwargs):
@@ -60,7 +59,7 @@ def kinds():
 
 
 def test_networks_of_every_kind_are_tried():
-    assert len(kinds()) > 50 and {'resnet18', 'resnet50', 'seresnet50', 'resnest14d', 'skresnet18'} <= set(kinds())
+    assert len(kinds()) > 50 and {'resnet18', 'resnet26', 'seresnet50', 'resnest14d', 'skresnet18'} <= set(kinds())
 
 
 @pytest.mark.parametrize('name', kinds())
@@ -102,7 +101,8 @@ REAL = [
 
 @pytest.mark.parametrize('name', REAL)
 def test_identity_start_and_restore_bit_for_bit(name):
-    model = randomize(timm.create_model(name, num_classes=5, zero_init_last=False)).eval()
+    narrow = {} if name.endswith(('pruned', 'gn')) else {'channels': (64, 32, 32, 32)}
+    model = randomize(timm.create_model(name, num_classes=5, zero_init_last=False, **narrow)).eval()
     still, clip = images(1, 3, 32, 32), images(T, 3, 32, 32)
     before, state = anatomy(model), values(model)
     with torch.no_grad():

@@ -60,7 +60,7 @@ def operator(name):
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('name', NAMES)
 def test_opcheck(form, name, layout):
-    if form == 'triton' and layout == 'contiguous':
+    if form == 'triton' and (layout == 'contiguous' or name not in SOME):
         pytest.skip('what is registered is the same, and slow in the interpreter')
     opcheck(operator(name), arguments(name, LAYOUTS[layout], grad=True), {'triton': form == 'triton'})
 
@@ -70,6 +70,8 @@ def test_opcheck(form, name, layout):
 @pytest.mark.parametrize('name', NAMES)
 def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtype):
     # opcheck passes a wrong stride on contiguous inputs, and torch 2.11's on channels_last ones too
+    if form == 'triton' and dtype == torch.float16 and layout == 'contiguous':
+        pytest.skip('slow in the interpreter, and seen in the other layouts')
     args = arguments(name, LAYOUTS.get(layout, contiguous), dtype)
     if layout == 'other':
         args = (args[0].transpose(2, 3).contiguous().transpose(2, 3), *args[1:])
@@ -95,7 +97,7 @@ def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, 
     y, *saved = operator(name)(*args, triton=triton)
     backward = torch.randn_like(y), *args, *saved, learns
     run = getattr(OPS, f'{kind}_backward').default
-    if dtype == torch.float32 and (learns or form == 'plain'):
+    if dtype == torch.float32 and form == 'plain':     # what is registered is the same
         opcheck(run, backward, {'triton': triton})
     with FakeTensorMode() as mode:
         fake = run(*(mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for v in backward), triton=triton)
