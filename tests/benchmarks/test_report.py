@@ -11,7 +11,7 @@ from benchmark_results import ORIGIN, cells, entry, results
 from benchmarks import flops, report
 from benchmarks.runtime import goals, tables
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEVICES = ('cpu', 'cuda')
 
 

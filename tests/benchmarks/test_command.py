@@ -15,7 +15,7 @@ from benchmarks.runtime import plan, plot
 from benchmarks.runtime.candidate import MODES, ON
 from benchmarks.runtime.results import NO_TIME
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(('args', 'words'), [
