@@ -427,6 +427,21 @@ def test_layers_in_between(part, reason):
     check(model, [f'{part}.sme.bn'], {'norm': reason})
 
 
+def test_layers_in_timms_batch_norm():
+    model = net(norm=BatchNormAct2d(4))
+    report = insert(model, SME, at='norm.act', num_frames=2, example_input=example()[:1])
+    randomize(model)
+    assert report.insertions[0].name == 'norm.act.sme'
+    check(model, ['norm', 'norm.act.sme.bn'], {})
+
+
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, BatchNormAct2d])
+def test_a_batch_norm_that_holds_something(kind):
+    model = net(norm=kind(4))
+    model.norm.extra = nn.Sigmoid().eval()
+    check(model, [], {'norm': 'holds extra'})
+
+
 def test_without_a_batch():
     x = torch.randn(4, 4, dtype=torch.float64)    # to the batch norm a batch of vectors
     check(net(dims=1), [], {'norm': 'its convolution conv got no batch'}, x)
