@@ -218,11 +218,10 @@ def _obstacle(module: nn.Module) -> str:
 
 def _conv_obstacle(conv: nn.Module) -> str:
     """Why nothing may be folded into a convolution, run or not; '' if something may."""
-    if not is_conv_class(_kind(conv)):
-        return f'is a {type(conv).__name__}, which has a forward of its own'
     if isinstance(conv, Host) and conv._cmr_place.after:
         return f'runs {", ".join(conv._cmr_place.after_names)} behind it'
-    return _obstacle(conv)
+    own = '' if is_conv_class(_kind(conv)) else f'is a {type(conv).__name__}, which has a forward of its own'
+    return _obstacle(conv) or own
 
 
 def _norm_obstacle(norm: nn.Module) -> str:
