@@ -115,7 +115,7 @@ def _check_result(result: Any) -> None:
     if not tensors:
         raise TypeError(f'model must return tensors, got {type(result).__name__}')
     if not any(x.is_meta or bool(x.isfinite().any()) for x in tensors):
-        raise ValueError('example_input must lead to finite numbers, got a result of infinities and NaNs only')
+        raise ValueError('example_input must lead to finite numbers, got a result without any')
 
 
 def _overflows(conv: nn.Module, norm: nn.Module) -> bool:
@@ -147,7 +147,8 @@ def _check(model: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any)
     raise RuntimeError(
         f'{norm} can not be folded into {conv}: the {type(model).__name__} would compute something else on '
         f'example_input, by {moved:.1e} of its size, and was left as it is. Something else than an operation of '
-        f'PyTorch reads what {conv} returns, or reads attributes of {norm}'
+        f'PyTorch reads what {conv} returns, or reads attributes of {norm}. If it is a detector, whose results jump '
+        f'with rounding, fold its backbone alone'
     )
 
 

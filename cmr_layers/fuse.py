@@ -17,6 +17,8 @@ __all__ = ['fold_norms', 'fold_pair', 'is_conv', 'is_conv_class', 'joint', 'regi
 
 # Whatever the padding is, it comes before the convolution.
 _CONVS: Set[Type[nn.Module]] = {nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame}
+# What a subclass must not change.
+_COMPUTES = ('forward', '_conv_forward', '__call__', 'weight', 'bias')
 
 _Class = TypeVar('_Class', bound=Type[nn.Module])
 
@@ -28,8 +30,10 @@ def register_conv(kind: _Class) -> _Class:
 
 
 def is_conv_class(kind: Type[nn.Module]) -> bool:
-    """Whether modules of this very class convolve with their weight, add their bias, and do nothing else."""
-    return kind in _CONVS
+    """Whether modules of a class convolve with their weight, add their bias, and do nothing else."""
+    return any(
+        issubclass(kind, conv) and all(getattr(kind, name, None) is getattr(conv, name, None) for name in _COMPUTES)
+        for conv in _CONVS)
 
 
 def is_conv(module: nn.Module) -> bool:

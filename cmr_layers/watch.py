@@ -208,7 +208,7 @@ def _tensors(module: nn.Module) -> List[Tensor]:
 def _obstacle(module: nn.Module) -> str:
     if not is_bare(module):
         return 'has hooks, or a forward that was replaced'
-    if is_parametrized(module) or not {'weight', 'bias'} <= module._parameters.keys():
+    if is_parametrized(module) or module._parameters.keys() != {'weight', 'bias'}:
         return 'has parameters that are computed'
     if not all(
             type(t) in (Tensor, nn.Parameter) and (t.is_floating_point() or t.ndim == 0) for t in _tensors(module)):
@@ -218,11 +218,10 @@ def _obstacle(module: nn.Module) -> str:
 
 def _conv_obstacle(conv: nn.Module) -> str:
     """Why nothing may be folded into a convolution, run or not; '' if something may."""
-    if not is_conv_class(_kind(conv)):
-        return f'is a {type(conv).__name__}, which has a forward of its own'
     if isinstance(conv, Host) and conv._cmr_place.after:
         return f'runs {", ".join(conv._cmr_place.after_names)} behind it'
-    return _obstacle(conv)
+    own = '' if is_conv_class(_kind(conv)) else f'is a {type(conv).__name__}, which has a forward of its own'
+    return _obstacle(conv) or own
 
 
 def _norm_obstacle(norm: nn.Module) -> str:
@@ -235,4 +234,5 @@ def _norm_obstacle(norm: nn.Module) -> str:
         return f'is a {type(norm).__name__}, which has a forward of its own'
     if norm.running_mean is None or norm.running_var is None:
         return 'has no running statistics'
-    return _obstacle(norm)
+    others = [name for name in norm._modules if name not in ('drop', 'act')]
+    return _obstacle(norm) or (f'holds {", ".join(others)}' if others else '')  # they would have no place any more

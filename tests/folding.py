@@ -8,10 +8,11 @@ import io
 
 import timm
 import torch
-from helpers import randomize
+from helpers import anatomy, assert_same, randomize, values
 from torch import nn
 
 import cmr_layers.released  # noqa: F401  # registers its networks with timm
+from cmr_layers.deploy import fold
 
 T = 3
 FAMILY = [
@@ -46,8 +47,81 @@ def assert_near(got, want, tolerance):
     assert distance <= tolerance, f'{distance:.1e} > {tolerance:.1e}'
 
 
+def batch_norms(model):
+    return {name for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+
+
+def assert_folds(model, x, tolerance=1e-5):
+    """All batch norms, and to what the network computed."""
+    with torch.no_grad():
+        want = model(x)
+        report = fold(model, x)
+        assert not norms(model) and not report.left and len(report)
+        assert_near(model(x), want, tolerance)
+    return report
+
+
 def resaved(x):
     file = io.BytesIO()
     torch.save(x, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
+
+
+# One convolution and one batch norm
+
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+class Net(nn.Module):
+    """A convolution, a batch norm, and how they are run."""
+
+    def __init__(self, run=lambda net, x: net.norm(net.conv(x)), dims=2, conv=None, norm=None, **parts):
+        super().__init__()
+        self.conv = conv if conv is not None else CONVS[dims](4, 4, 3, padding=1)
+        self.norm = norm if norm is not None else BATCH_NORMS[dims](4)
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.run = [run]    # a list is no attribute that a module of PyTorch's would look at
+
+    def forward(self, x):
+        return self.run[0](self, x)
+
+
+def net(*args, **kwargs):
+    model = Net(*args, **kwargs).eval()
+    for m in model.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
+            m.running_mean.uniform_(-.5, .5), m.running_var.uniform_(.5, 2)
+            if m.affine:
+                m.weight.data.uniform_(.5, 1.5), m.bias.data.uniform_(-.5, .5)
+    return model.double()
+
+
+def example(dims=2, channels=4):
+    return torch.randn(2, channels, *[7, 6, 5][:dims], dtype=torch.float64)
+
+
+def tensors(y):
+    return y if isinstance(y, (tuple, list)) else list(y.values()) if isinstance(y, dict) else [y]
+
+
+@torch.no_grad()
+def check(model, folded, left, x=None):
+    """That these are folded, that those are left for these reasons, and that nothing changes what is computed."""
+    x = example() if x is None else x
+    before, tree = values(model), anatomy(model)
+    want, other = model(x), model(-x)
+    report = fold(model, x)
+    assert [norm for _, norm in report.pairs] == folded
+    assert report.left == left
+    for y, wanted in ((model(x), want), (model(-x), other)):
+        for got, one in zip(tensors(y), tensors(wanted), strict=True):
+            torch.testing.assert_close(got, one, rtol=1e-10, atol=1e-10)
+    if not folded:
+        assert_same(before, model.state_dict())
+        assert anatomy(model) == tree
+    for name in folded:
+        assert not isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm)
+    return report

@@ -388,7 +388,7 @@ REFUSED = {
     'folded without sme': (
         lambda: timm.utils.reparameterize_model(retrofitted(sme='none').eval()), r"class='Identity' for 'BatchNorm2d'"),
     'folded family': (lambda: timm.utils.reparameterize_model(timm.create_model('cmr_resnet18').eval()),
-                      r"bn1 has class='Identity' for 'StemNorm'"),
+                      r"layer1\.0\.bn1 has class='Identity' for 'BatchNorm2d'"),
     'folded torchvision': (
         lambda: timm.utils.reparameterize_model(retrofitted(torchvision.models.resnet18()).eval()),
         r'save a network before it is folded$'),

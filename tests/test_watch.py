@@ -1,77 +1,17 @@
 """What ``fold`` folds and what it leaves alone, and why: everything that may read what a convolution returns."""
-import copy
-import ctypes
-from typing import NamedTuple
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from helpers import anatomy, assert_same, randomize, values
+from folding import BATCH_NORMS, CONVS, check, example, net
+from helpers import randomize
 from timm.layers import BatchNormAct2d, Conv2dSame, StdConv2d
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from cmr_layers import SME, TIM, deploy, insert
+from cmr_layers import SME, TIM, insert
 from cmr_layers.deploy import fold
-
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-BATCH_NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-class Net(nn.Module):
-    """A convolution, a batch norm, and how they are run."""
-
-    def __init__(self, run=lambda net, x: net.norm(net.conv(x)), dims=2, conv=None, norm=None, **parts):
-        super().__init__()
-        self.conv = conv if conv is not None else CONVS[dims](4, 4, 3, padding=1)
-        self.norm = norm if norm is not None else BATCH_NORMS[dims](4)
-        for name, part in parts.items():
-            setattr(self, name, part)
-        self.run = [run]    # a list is no attribute that a module of PyTorch's would look at
-
-    def forward(self, x):
-        return self.run[0](self, x)
-
-
-def net(*args, **kwargs):
-    model = Net(*args, **kwargs).eval()
-    for m in model.modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None:
-            m.running_mean.uniform_(-.5, .5), m.running_var.uniform_(.5, 2)
-            if m.affine:
-                m.weight.data.uniform_(.5, 1.5), m.bias.data.uniform_(-.5, .5)
-    return model.double()
-
-
-def example(dims=2, channels=4):
-    return torch.randn(2, channels, *[7, 6, 5][:dims], dtype=torch.float64)
-
-
-def tensors(y):
-    return y if isinstance(y, (tuple, list)) else list(y.values()) if isinstance(y, dict) else [y]
-
-
-@torch.no_grad()
-def check(model, folded, left, x=None):
-    """That these are folded, that those are left for these reasons, and that nothing changes what is computed."""
-    x = example() if x is None else x
-    before, tree = values(model), anatomy(model)
-    want, other = model(x), model(-x)
-    report = fold(model, x)
-    assert [norm for _, norm in report.pairs] == folded
-    assert report.left == left
-    for y, wanted in ((model(x), want), (model(-x), other)):
-        for got, one in zip(tensors(y), tensors(wanted), strict=True):
-            torch.testing.assert_close(got, one, rtol=1e-10, atol=1e-10)
-    if not folded:
-        assert_same(before, model.state_dict())
-        assert anatomy(model) == tree
-    for name in folded:
-        assert not isinstance(model.get_submodule(name), nn.modules.batchnorm._BatchNorm)
-    return report
-
 
 # What folds
 
@@ -94,11 +34,15 @@ def test_timms_convolution():
     check(net(conv=Conv2dSame(4, 4, 3, stride=2)), ['norm'], {})
 
 
-def test_a_batch_norm_of_a_class_that_only_has_another_name():
-    class Named(nn.BatchNorm2d):
+def test_classes_that_only_have_other_names():
+    class Conv(nn.Conv2d):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 3)
+
+    class Norm(nn.BatchNorm2d):
         pass
 
-    check(net(norm=Named(4)), ['norm'], {})
+    check(net(conv=Conv(4), norm=Norm(4)), ['norm'], {})
 
 
 @pytest.mark.parametrize('kwargs, rest', [
@@ -238,47 +182,6 @@ def test_read_as_something_else(read):
     check(net(run), [], {'norm': TOO})
 
 
-def from_memory(y):
-    memory = ctypes.string_at(y.data_ptr(), y.untyped_storage().nbytes())
-    return torch.frombuffer(bytearray(memory), dtype=y.dtype).view(y.shape)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize('dtypes', [(torch.float64, torch.float32), (torch.float32,)], ids=['float64', 'float32 alone'])
-@pytest.mark.parametrize('read', [from_memory, lambda y: y.new_tensor(y.tolist())], ids=['memory', 'list'])
-def test_error_somebody_reads_without_an_operation(read, dtypes):
-    def run(net, x):
-        if x.dtype not in dtypes:
-            raise RuntimeError('float32, please')
-        y = net.conv(x)
-        return net.second(net.norm(y) + read(y))
-
-    model, x = net(run, second=nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))).to(dtypes[0]), example()
-    before, tree = values(model), anatomy(model)
-    message = r'^norm can not be folded into conv: the Net would compute something else on example_input, by .* of its '
-    with pytest.raises(RuntimeError, match=message + 'size, and was left as it is'):
-        fold(model, x.to(dtypes[0]))
-    assert_same(before, model.state_dict())
-    assert anatomy(model) == tree
-
-
-@pytest.mark.parametrize('read', [lambda net: net.norm.num_features, lambda net: net.norm.act.inplace and net.norm.eps])
-def test_error_somebody_reads_attributes_of_the_batch_norm(read):
-    model, x = net(lambda net, x: read(net) * net.norm(net.conv(x)), norm=BatchNormAct2d(4)), example()
-    before, tree = values(model), anatomy(model)
-    with pytest.raises(RuntimeError, match=r'^norm can not be folded into conv: the Net .*attributes of norm$'):
-        fold(model, x)
-    assert_same(before, model.state_dict())
-    assert anatomy(model) == tree
-
-
-def test_attributes_that_stay_may_be_read():
-    model, x = net(lambda net, x: net.norm.act.inplace + net.norm(net.conv(x)), norm=BatchNormAct2d(4)), example()
-    want = model(x)
-    assert len(fold(model, x)) == 1
-    torch.testing.assert_close(model(x), want)
-
-
 # What is left alone: somebody else has the module or its tensors
 
 def test_run_twice_or_not_at_all():
@@ -370,6 +273,29 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(x)
 
 
+class Flipped(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight.flip(2), bias)
+
+
+class Called(nn.Conv2d):
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+class Half(nn.Conv2d):
+    @property
+    def bias(self):
+        return self._parameters['bias'] / 2
+
+    @bias.setter
+    def bias(self, value):
+        self._parameters['bias'] = value
+
+    def register_parameter(self, name, value):
+        self._parameters[name] = value
+
+
 class Clamped(nn.BatchNorm2d):
     def forward(self, x):
         return super().forward(x).clamp(-1, 1)
@@ -380,10 +306,14 @@ def own(kind, conv=False):
 
 
 @pytest.mark.parametrize('part, make, reason', [
-    ('conv', lambda: Doubled(4, 4, 3), own('Doubled', True)), ('norm', lambda: Clamped(4), own('Clamped')),
+    ('conv', lambda: Doubled(4, 4, 3), own('Doubled', True)), ('conv', lambda: Flipped(4, 4, 3), own('Flipped', True)),
+    ('conv', lambda: Called(4, 4, 3), 'is not behind a convolution'),
+    ('conv', lambda: Half(4, 4, 3), own('Half', True)),
+    ('norm', lambda: Clamped(4), own('Clamped')),
     ('conv', lambda: StdConv2d(4, 4, 3), own('StdConv2d', True)),
     ('conv', lambda: nn.ConvTranspose2d(4, 4, 3), own('ConvTranspose2d', True)),
-    ('conv', lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)), own('ParametrizedConv2d', True)),
+    ('conv', lambda: parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
+     'its convolution conv has parameters that are computed'),
     ('conv', lambda: prune.l1_unstructured(nn.Conv2d(4, 4, 3), 'weight', .5),
      'its convolution conv has hooks, or a forward that was replaced'),
     ('norm', lambda: parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None), 'has parameters that are computed'),
@@ -427,6 +357,21 @@ def test_layers_in_between(part, reason):
     check(model, [f'{part}.sme.bn'], {'norm': reason})
 
 
+def test_layers_in_timms_batch_norm():
+    model = net(norm=BatchNormAct2d(4))
+    report = insert(model, SME, at='norm.act', num_frames=2, example_input=example()[:1])
+    randomize(model)
+    assert report.insertions[0].name == 'norm.act.sme'
+    check(model, ['norm', 'norm.act.sme.bn'], {})
+
+
+@pytest.mark.parametrize('kind', [nn.BatchNorm2d, BatchNormAct2d])
+def test_a_batch_norm_that_holds_something(kind):
+    model = net(norm=kind(4))
+    model.norm.extra = nn.Sigmoid().eval()
+    check(model, [], {'norm': 'holds extra'})
+
+
 def test_without_a_batch():
     x = torch.randn(4, 4, dtype=torch.float64)    # to the batch norm a batch of vectors
     check(net(dims=1), [], {'norm': 'its convolution conv got no batch'}, x)
@@ -453,132 +398,3 @@ def test_weights_that_would_overflow():
     model.norm.weight.data.fill_(60000)
     model.conv.weight.data.mul_(100)
     assert fold(model, x).left == {'norm': 'would make its convolution overflow'}
-
-
-# What is kept
-
-def test_types_formats_and_what_learns():
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        model = net().to(dtype=dtype, memory_format=torch.channels_last)
-        model.conv.weight.requires_grad_(False)
-        exact = copy.deepcopy(model).double()
-        fold(model, example().to(dtype)), fold(exact, example())
-        assert model.conv.weight.dtype == model.conv.bias.dtype == dtype
-        assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
-        assert not model.conv.weight.requires_grad and model.conv.bias.requires_grad
-        for got, want in zip(model.conv.parameters(), exact.conv.parameters(), strict=True):
-            torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-7)
-
-
-class Result(NamedTuple):
-    logits: torch.Tensor
-    mask: torch.Tensor
-    note: str
-
-
-def test_results_of_any_structure():
-    def run(net, x):
-        y = net.norm(net.conv(x))
-        return [{'a': Result(y, y > 0, 'note')}, (y.argmax(1), None, y.masked_fill(y < 0, -torch.inf)), 3]
-
-    model, x = net(run), example()
-    want = model(x)
-    assert len(fold(model, x)) == 1
-    torch.testing.assert_close(model(x)[1][2], want[1][2])
-
-
-def test_networks_that_do_not_run_in_float64_or_cannot_be_copied():
-    def only_float32(net, x):
-        if x.dtype != torch.float32:
-            raise RuntimeError('float32, please')
-        return net.norm(net.conv(x))
-
-    for run in (only_float32, lambda net, x: net.norm(net.conv(x))):
-        model, x = net(run).float(), example().float()
-        if run is not only_float32:
-            model.lock = (i for i in ())    # a generator can't be copied
-        want = model(x)
-        assert len(fold(model, x)) == 1
-        torch.testing.assert_close(model(x), want)
-
-
-def test_random_numbers_are_left_as_they_were():
-    model, x = net(lambda net, x: net.norm(net.conv(x + torch.randn_like(x)))), example()
-    torch.manual_seed(3)
-    want = torch.rand(2)
-    torch.manual_seed(3)
-    assert len(fold(model, x)) == 1
-    assert torch.equal(torch.rand(2), want)
-
-
-# Errors
-
-def test_errors():
-    model, x = net(), example()
-    for wrong in (None, lambda x: x):
-        with pytest.raises(TypeError, match=r'^model must be an nn\.Module, got '):
-            fold(wrong, x)
-    with pytest.raises(TypeError, match=r'^example_input must be a tensor, got list$'):
-        fold(model, [x])
-    model.norm.train()
-    with pytest.raises(ValueError, match=r'^model must be in eval mode, got one in training mode; call model\.eval'):
-        fold(model, x)
-    with pytest.raises(TypeError, match=r'^model must be the network itself, got what torch\.compile made of it'):
-        fold(torch.compile(net()), x)
-    with pytest.raises(TypeError, match=r'^model must return tensors, got float$'):
-        fold(net(lambda net, x: float(net.norm(net.conv(x)).sum())), x)
-    with pytest.raises(ValueError, match=r'^example_input must lead to finite numbers, got a result of infinities and'):
-        fold(net(), x * torch.inf)
-
-
-def test_error_a_layer_is_gone():
-    model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
-    insert(model, SME, at='2', num_frames=2)
-    model[2] = nn.ReLU()
-    model.eval()
-    with pytest.raises(RuntimeError, match=r'must run once, at 2, but 2 is another ReLU now'):
-        fold(model, example().float())
-
-
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize('at', range(1, 5))
-def test_an_interrupted_call_leaves_the_network_as_it_was(monkeypatch, error, at):
-    model = nn.Sequential(*(
-        module for _ in range(3) for module in (nn.Conv2d(4, 4, 1), BatchNormAct2d(4)))).eval().double()
-    randomize(model)
-    before, tree, x, calls = values(model), anatomy(model), example(), []
-    want, fold_pair = model(x), deploy.fold_pair
-
-    def breaks(*args):
-        calls.append(args)
-        if len(calls) == at + 2:    # the first three are of the copy
-            raise error('stop')
-        fold_pair(*args)
-
-    monkeypatch.setattr(deploy, 'fold_pair', breaks)
-    with pytest.raises(error):
-        fold(model, x)
-    assert_same(before, model.state_dict())
-    assert anatomy(model) == tree and torch.equal(model(x), want)
-
-
-def test_an_error_of_the_network_leaves_no_hooks():
-    def run(net, x):
-        raise ValueError('no')
-
-    model = net(run)
-    tree = anatomy(model)
-    with pytest.raises(ValueError, match=r'^no$'):
-        fold(model, example())
-    assert anatomy(model) == tree
-
-
-def test_an_error_that_the_network_catches():
-    def run(net, x):
-        try:
-            net.other(x[:, :1])
-        except RuntimeError:
-            pass
-        return net.norm(net.conv(x))
-
-    check(net(run, other=nn.Sequential(nn.Conv2d(4, 4, 1))), ['norm'], {})
