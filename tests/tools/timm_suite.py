@@ -47,14 +47,15 @@ def run_suite(root: Path, names: list[str], tests: set[str], report: Path) -> in
     """Run the tests of the unpacked sdist for the names, in a process of its own; return pytest's exit code."""
     here = Path(__file__).resolve().parent
     env = {key: value for key, value in os.environ.items() if key != 'GITHUB_ACTIONS'}  # it drops tests
-    env.update(TORCH_BACKEND='cmr_layers', TIMEOUT='900', PYTHONPATH=os.pathsep.join(
+    env.update(TORCH_BACKEND='cmr_layers', TIMEOUT='900', OMP_NUM_THREADS='1', PYTHONPATH=os.pathsep.join(
         [str(here.parents[1]), str(here), *filter(None, [os.environ.get('PYTHONPATH')])]))
     # ids look like test_model_forward[1-cmr_resnet18] and test_model_default_cfgs[meta-1-cmr_resnet18.a1_in1k]
     chosen_names = ' or '.join(f'{name}] or {name}.' for name in names)
     chosen_tests = ' or '.join(f'{test}[' for test in sorted(tests))
     return subprocess.run(
         [sys.executable, '-m', 'pytest', '-p', 'timm_plugin', '-p', 'no:cacheprovider', '-q',
-         '-W', 'ignore', '--no-header', f'--junitxml={report}', '-k', f'({chosen_names}) and ({chosen_tests})',
+         '--numprocesses', 'auto', '--maxprocesses', '4', '-W', 'ignore',
+         '--no-header', f'--junitxml={report}', '-k', f'({chosen_names}) and ({chosen_tests})',
          'tests/test_models.py'],
         cwd=root, env=env).returncode
 
