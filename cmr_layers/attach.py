@@ -22,7 +22,8 @@ from torchvision.models import resnet as torchvision_resnet
 
 from . import torchvision_block
 from .block import CMRBasicBlock, CMRBlock
-from .clip import ClipLayer, check_module
+from .checks import check_module
+from .clip import ClipLayer
 from .drop import ClipDrop, share_drops
 from .hosts import Guard, Host, Place, host, unhost
 

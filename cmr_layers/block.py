@@ -10,7 +10,8 @@ import torch
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
-from .clip import ClipLayer, check_choice
+from .checks import check_choice
+from .clip import ClipLayer
 from .cme import CME
 from .cme_tim import cme_tim_conv
 from .drop import share_drops

@@ -4,7 +4,6 @@ Inside a network every tensor is (B*T, C, H, W) with the frames of a clip next t
 needs the clip unfolds it by the rule of :func:`clip_shape`. T is called ``num_frames`` throughout (TSM calls it
 n_segment, mmaction2 num_segments).
 """
-import operator
 from typing import Any, Set, Tuple
 
 import torch
@@ -12,6 +11,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from .checks import check_module, check_positive
 from .ops import reference
 from .ops.layout import dense
 from .ops.path import is_transformed
@@ -19,30 +19,6 @@ from .ops.path import is_transformed
 __all__ = [
     'ClipLayer', 'Consensus', 'Fold', 'clip_shape', 'set_num_frames', 'temporal_keys',
 ]
-
-
-def check_positive(name: str, value: Any) -> int:
-    """Return value as an int if it is a positive one, or raise a ValueError that names the argument."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f'{name} must be a positive int, got {value!r}')
-    return number
-
-
-def check_choice(name: str, value: Any, choices: Tuple[str, ...]) -> str:
-    """Return value if it is one of the choices, or raise a ValueError that names the argument."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(map(repr, choices))}, got {value!r}')
-    return str(value)
-
-
-def check_module(name: str, value: Any) -> None:
-    """Raise a TypeError that names the argument if value is no module."""
-    if not isinstance(value, nn.Module):
-        raise TypeError(f'{name} must be an nn.Module, got {value!r:.99}')
 
 
 def clip_shape(num_images: int, num_frames: int) -> Tuple[int, int]:

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .attach import no_image_network
-from .clip import Consensus, Fold, check_module, check_num_frames, set_num_frames
+from .checks import check_module
+from .clip import Consensus, Fold, check_num_frames, set_num_frames
 from .hosts import check_layers
 
 __all__ = ['ClipModel']

@@ -10,7 +10,8 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from . import ops
-from .clip import ClipLayer, check_positive
+from .checks import check_positive
+from .clip import ClipLayer
 from .ops import reference
 
 __all__ = ['CME']

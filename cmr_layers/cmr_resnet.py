@@ -22,7 +22,8 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
-from .clip import ClipLayer, Consensus, Fold, check_choice, check_num_frames, set_num_frames, temporal_keys
+from .checks import check_choice
+from .clip import ClipLayer, Consensus, Fold, check_num_frames, set_num_frames, temporal_keys
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .attach import all_or_nothing, check_network
-from .clip import check_module
+from .checks import check_module
 from .fuse import fold_pair, joint
 from .ops import use_path
 from .watch import Watch

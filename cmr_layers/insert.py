@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .attach import Report, all_or_nothing, attach, check_network, finish
-from .clip import ClipLayer, check_choice, check_num_frames, check_positive
+from .checks import check_choice, check_positive
+from .clip import ClipLayer, check_num_frames
 from .probe import like, probe
 
 __all__ = ['insert']

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 
 from . import block, sme
 from . import released_checkpoint as checkpoint
-from .clip import ClipLayer, check_positive, temporal_keys
+from .checks import check_positive
+from .clip import ClipLayer, temporal_keys
 from .cmr_resnet import CMRResNet, check_pretrained
 from .fuse import fold_norms, register_conv
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .attach import Report, all_or_nothing, check_network, finish, is_adopted, put_in_block
 from .block import TemporalBlock, is_placed
-from .clip import ClipLayer, check_choice, check_positive
+from .checks import check_choice, check_positive
+from .clip import ClipLayer
 from .cme import CME
 from .probe import like, probe, zero_image
 from .sme import SME

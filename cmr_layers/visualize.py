@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .clip import ClipLayer, check_positive
+from .checks import check_positive
+from .clip import ClipLayer
 from .probe import evaluating
 
 __all__ = ['MotionMaps', 'figure5', 'motion_agreement', 'motion_maps', 'top_bottom_channels']

@@ -9,7 +9,8 @@ from timm.models._features_fx import create_feature_extractor
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ClipModel, insert, restore, retrofit, set_num_frames, temporal_keys
-from cmr_layers.clip import Consensus, Fold, check_choice, check_positive, clip_shape, unfold
+from cmr_layers.checks import check_choice, check_positive
+from cmr_layers.clip import Consensus, Fold, clip_shape, unfold
 
 
 @pytest.mark.parametrize('images, frames, want', [

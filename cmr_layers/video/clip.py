@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..clip import check_choice
+from ..checks import check_choice
 from .clock import presentation_times
 from .decode import MAX_CLIP_PIXELS, MAX_PIXELS, Limits, Video, import_av
 from .picture import picture

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any, Iterator, List, Optional, Set
 
-from ..clip import check_positive
+from ..checks import check_positive
 from .movie import check_movie
 from .source import Reader
 

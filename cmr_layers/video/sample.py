@@ -7,7 +7,7 @@ from typing import Any, List, Sequence, Union
 
 import numpy as np
 
-from ..clip import check_positive
+from ..checks import check_positive
 
 __all__ = ['check_seconds', 'in_window', 'sample_indices', 'sample_times']
 

@@ -5,7 +5,7 @@ import torch
 from timm.data.config import resolve_data_config
 from torch import Tensor, nn
 
-from ..clip import check_module, check_positive
+from ..checks import check_module, check_positive
 
 __all__ = ['ClipTransform']
 
