@@ -53,8 +53,8 @@ def fold(model: nn.Module, example_input: Tensor) -> Folding:
     computes moves by rounding only.
 
     Fold a network before it is compiled, and after it is saved: the folded form is none that :func:`save_model` knows;
-    its state dict fits a network that was folded likewise. ``timm.utils.reparameterize_model`` needs no example, and
-    folds blocks and layers of this package only.
+    its state dict fits a network that was folded likewise. ``timm.utils.reparameterize_model`` needs no example, but
+    asks blocks and layers alone, so that a stem's batch norm stays, and most of those in the networks of others.
 
     What the example does not show is not known: a network that takes another way for another input, and reads there
     what it does not read here, is folded all the same.
