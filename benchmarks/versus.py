@@ -5,7 +5,8 @@
     python -m benchmarks.versus ../before --only SME --out versus.json
 
 Both processes stay alive, and only one of them works at a time. What is timed is the public API, so that versions with
-other insides can be compared.
+other insides can be compared: "folded" is by timm's ``reparameterize_model`` here. Each network is built once, so the
+intervals do not show how much its place in memory matters.
 """
 import argparse
 import json
@@ -128,6 +129,8 @@ def main() -> int:
             'name': name, 'calls': calls, 'before': samples[0], 'after': samples[1],
             'ratio': interval([samples[1]], [samples[0]])})
         print(f'{name}: {show(results["cases"][-1]["ratio"])}', flush=True)
+    if not results['cases']:
+        parser.error(f'argument --only: no case contains {args.only!r}')
     print(table(['case', 'after / before'], [[case['name'], show(case['ratio'])] for case in results['cases']]))
     if args.out:
         args.out.write_text(json.dumps(results, indent=1) + '\n')

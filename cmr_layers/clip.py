@@ -4,7 +4,7 @@ Inside a network every tensor is (B*T, C, H, W) with the frames of a clip next t
 needs the clip unfolds it by the rule of :func:`clip_shape`. T is called ``num_frames`` throughout (TSM calls it
 n_segment, mmaction2 num_segments).
 """
-from typing import Any, Set, Tuple
+from typing import Any, ClassVar, Set, Tuple
 
 import torch
 from timm.layers import register_notrace_module
@@ -118,11 +118,14 @@ class ClipLayer(ClipModule):
         TypeError: At call time, the input is no tensor.
     """
     channels: int
+    own_forward_frames: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if 'forward_clips' in vars(cls) and 'forward_frames' not in vars(cls):
-            cls.forward_frames = ClipLayer.forward_frames  # type: ignore[method-assign]  # a base class may have another
+        defines = [{'forward_clips', 'forward_frames'} & vars(base).keys() for base in cls.__mro__]
+        if next(filter(None, defines)) == {'forward_clips'}:  # the forward_frames of a base class does something else
+            cls.forward_frames = ClipLayer.forward_frames  # type: ignore[method-assign]
+        cls.own_forward_frames = cls.forward_frames  # as it is now: somebody may patch the class
 
     def __init__(self, channels: int, num_frames: int) -> None:
         super().__init__(num_frames)

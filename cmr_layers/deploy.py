@@ -2,6 +2,7 @@
 import copy
 import math
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Callable, Dict, Iterator, List, Tuple
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .attach import all_or_nothing, check_network
+from .bypass import is_bare
 from .checks import check_module
 from .fuse import fold_pair, joint
 from .ops import use_path
@@ -56,8 +58,8 @@ def fold(model: nn.Module, example_input: Tensor) -> Folding:
     its state dict fits a network that was folded likewise. ``timm.utils.reparameterize_model`` needs no example, but
     asks blocks and layers alone, so that a stem's batch norm stays, and most of those in the networks of others.
 
-    What the example does not show is not known: a network that takes another way for another input, and reads there
-    what it does not read here, is folded all the same.
+    What the example does not show is not known. A network that takes another way for another input, or reads in another
+    thread what it does not read here, is folded all the same.
 
     Args:
         model: The network, in eval mode.
@@ -86,20 +88,34 @@ def fold(model: nn.Module, example_input: Tensor) -> Folding:
     if not isinstance(example_input, Tensor):
         raise TypeError(f'example_input must be a tensor, got {type(example_input).__name__}')
     _check_eval(model)
-    with all_or_nothing(model):
+    with all_or_nothing(model), _buffers_kept(model):
         x = example_input.detach().clone()
         watch = Watch(model)
         want = watch.run(lambda: _run(model, x))
         pairs, left = watch.pairs, watch.left
-        too_large = {norm for conv, norm in pairs if _overflows(model.get_submodule(conv), model.get_submodule(norm))}
-        if too_large:
-            pairs = [pair for pair in pairs if pair[1] not in too_large]
-            left = {**left, **dict.fromkeys(sorted(too_large), 'would make its convolution overflow')}
+        for conv, norm in watch.pairs:
+            reason = _rounding(model.get_submodule(conv), model.get_submodule(norm))
+            if reason:
+                left[norm] = reason
+        pairs = [pair for pair in pairs if pair[1] not in left]
         if pairs:
             _check_result(want)
             _check(model, pairs, x, want)
             _fold(model, pairs)
     return Folding(type(model).__name__, pairs, left)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Give buffers their values back: a network may count its calls in one, or move its statistics."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _run(model: nn.Module, x: Tensor) -> Any:
@@ -118,8 +134,20 @@ def _check_result(result: Any) -> None:
         raise ValueError('example_input must lead to finite numbers, got a result without any')
 
 
-def _overflows(conv: nn.Module, norm: nn.Module) -> bool:
-    return not all(t.is_meta or bool(t.isfinite().all()) for t in joint(conv, norm))
+def _rounding(conv: Any, norm: Any) -> str:
+    """What rounding the folded weights to the convolution's data type would do to them, if that is too much."""
+    dtype, eps = conv.weight.dtype, 4 * torch.finfo(conv.weight.dtype).eps
+    weight, bias = joint(conv, norm)
+    if weight.is_meta:
+        return ''
+    if not all(bool(v.to(dtype).isfinite().all()) for v in (weight, bias)):
+        return 'would make its convolution overflow'
+    gain = torch.ones_like(bias) if norm.weight is None else norm.weight.to(bias.dtype)
+    # small numbers have few digits in half precision, or none: each channel has to keep its own
+    for value, size in (weight.flatten(1), weight.flatten(1)), (bias[:, None], torch.stack([bias, gain], 1)):
+        if bool(((value - value.to(dtype)).abs().amax(1) > eps * size.abs().amax(1)).any()):
+            return f'would lose digits in the {str(dtype).removeprefix("torch.")} of its convolution'
+    return ''
 
 
 def _fold(model: nn.Module, pairs: List[Tuple[str, str]]) -> None:
@@ -128,7 +156,8 @@ def _fold(model: nn.Module, pairs: List[Tuple[str, str]]) -> None:
         fold_pair(model.get_submodule(conv), replaced)
         # timm's batch norm may have a drop and an activation in it: they stay, with their names
         rest = OrderedDict(
-            (name, child) for name, child in replaced.named_children() if type(child) is not nn.Identity)
+            (name, child) for name, child in replaced.named_children()
+            if type(child) is not nn.Identity or not is_bare(child))
         model.set_submodule(norm, (nn.Sequential(rest) if rest else nn.Identity()).eval())
 
 

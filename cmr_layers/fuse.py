@@ -105,7 +105,7 @@ def fold_pair(conv: Any, norm: Any) -> None:
         >>> torch.allclose(conv(x), want, atol=1e-6)
         True
     """
-    weight, bias = joint(conv, norm)
+    weight, bias = (v.to(conv.weight.dtype) for v in joint(conv, norm))
     learns = conv.weight.requires_grad
     bias_learns = learns if conv.bias is None else conv.bias.requires_grad
     conv.weight = nn.Parameter(weight, learns)
@@ -114,16 +114,14 @@ def fold_pair(conv: Any, norm: Any) -> None:
 
 @torch.no_grad()
 def joint(conv: Any, norm: Any) -> Tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that :func:`fold_pair` makes."""
+    """Weight and bias of the convolution that :func:`fold_pair` makes, before they are rounded to its data type."""
     if norm.training:
         raise ValueError(
             f'model must be in eval mode to fold its batch norms, got {norm} in training mode, where its statistics '
             f'still change; call model.eval() first'
         )
-    dtype = conv.weight.dtype
-    wide = torch.promote_types(torch.promote_types(dtype, norm.running_var.dtype), torch.float32)
+    wide = torch.promote_types(torch.promote_types(conv.weight.dtype, norm.running_var.dtype), torch.float32)
     tensors = conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias
     w, b, mean, var, scale, shift = (None if t is None else t.to(wide) for t in tensors)
     assert w is not None and mean is not None and var is not None
-    weight, bias = fuse_conv_bn_weights(w, b, mean, var, norm.eps, scale, shift)
-    return weight.to(dtype), bias.to(dtype)
+    return fuse_conv_bn_weights(w, b, mean, var, norm.eps, scale, shift)

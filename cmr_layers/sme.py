@@ -10,7 +10,7 @@ from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 from . import ops
-from .bypass import is_bare, is_pytorch_conv, is_pytorch_norm
+from .bypass import is_bare, is_pointwise_conv, is_pytorch_norm
 from .clip import ClipLayer
 from .fuse import fold_norms
 from .ops import reference
@@ -94,8 +94,8 @@ class SME(ClipLayer):
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
         conv, bn = self.conv, self.bn
-        if not is_pytorch_conv(conv):
-            choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked or not an nn.Conv2d')
+        if not is_pointwise_conv(conv):
+            choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked, patched or not a 1x1 nn.Conv2d')
             return super().forward_frames(x, num_frames)
         if type(bn) is nn.Identity and is_bare(bn):  # folded
             return ops.sme(x, num_frames, conv.weight, conv.bias, None, owner=self)

@@ -48,7 +48,7 @@ def _is_conv(module: nn.Module) -> bool:
 def _is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm of any sort, PyTorch's or not."""
     return isinstance(module, _BatchNorm) or (
-        not module._modules.keys() - {'drop', 'act'} and 'BatchNorm' in type(module).__name__)
+        not set(module._modules.keys()) - {'drop', 'act'} and 'BatchNorm' in type(module).__name__)
 
 
 class _Output(NamedTuple):
@@ -230,7 +230,7 @@ def _norm_obstacle(norm: nn.Module) -> str:
         return f'runs {", ".join(norm._cmr_place.layers)}'
     if type(norm) is not BatchNormAct2d and (
             not isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d))
-            or type(norm).forward is not _BatchNorm.forward):
+            or type(norm).forward is not _BatchNorm.forward or type(norm).__call__ is not nn.Module.__call__):
         return f'is a {type(norm).__name__}, which has a forward of its own'
     if norm.running_mean is None or norm.running_var is None:
         return 'has no running statistics'

@@ -7,6 +7,7 @@ from torch import nn
 
 from cmr_layers import CME, SME, TIM, released
 from cmr_layers.bypass import is_bare, is_own, is_pytorch_conv, is_pytorch_norm
+from cmr_layers.cme_tim import cme_tim_conv
 from cmr_layers.ops import explain, use_path
 
 
@@ -109,7 +110,7 @@ def test_explain_tells_of_a_convolution_of_smes_that_runs_itself():
     layer = SME(8, num_frames=4).eval()
     nn.utils.parametrizations.weight_norm(layer.conv)
     assert explain(layer, torch.randn(4, 8, 3, 2)) == [
-        ('SME', 'SME', 'reference', 'its convolution is hooked or not an nn.Conv2d')]
+        ('SME', 'SME', 'reference', 'its convolution is hooked, patched or not a 1x1 nn.Conv2d')]
 
 
 def test_hooks_on_the_parts_of_sme_are_called():
@@ -178,3 +179,42 @@ def test_convolutions_that_are_not_pytorchs_own_run_themselves():
         made.conv1 = conv
         made(x)
     torch.testing.assert_close(seen[1], 2 * seen[0])
+
+
+class Zero:
+    def forward_clips(self, x):
+        return x * 0
+
+
+@pytest.mark.parametrize('base', [CME, SME, TIM])
+def test_a_mixins_arithmetic_is_used(base):
+    mixed = type('Mixed', (Zero, base), {})
+    assert not mixed(8, 4)(torch.randn(4, 8, 3, 3)).any()
+
+
+@pytest.mark.parametrize('conv', [
+    nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1, groups=2)], ids=['3x3', 'groups'])
+def test_a_convolution_of_another_kind_in_sme_is_called(conv):
+    layer, x = SME(8, 4).eval(), torch.randn(4, 8, 5, 5)
+    layer.conv = conv
+    layer.bn.weight.data.fill_(1.)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), layer.forward_clips(x[None])[0])
+
+
+@pytest.mark.parametrize('where', ['cme', 'tim', 'conv', 'cme class', 'conv class'])
+def test_patches_of_inner_methods_are_used(where, monkeypatch):
+    cme, tim, conv, x = CME(8, 4), TIM(8, 4), nn.Conv2d(8, 4, 1), torch.randn(4, 8, 3, 3)
+    if where == 'conv':
+        conv._conv_forward = lambda x, weight, bias: 2 * torch.nn.functional.conv2d(x, weight, bias)
+    elif where == 'conv class':
+        forward = nn.Conv2d.forward
+        monkeypatch.setattr(nn.Conv2d, 'forward', lambda self, x: 2 * forward(self, x))
+    elif where == 'cme class':
+        frames = CME.forward_frames
+        monkeypatch.setattr(CME, 'forward_frames', lambda self, x, num_frames: 2 * frames(self, x, num_frames))
+    else:
+        layer = cme if where == 'cme' else tim
+        forward_frames = layer.forward_frames
+        layer.forward_frames = lambda x, num_frames: 2 * forward_frames(x, num_frames)
+    torch.testing.assert_close(cme_tim_conv(cme, tim, conv, x), conv(tim(cme(x))))

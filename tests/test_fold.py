@@ -183,3 +183,65 @@ def test_attributes_that_stay_may_be_read():
     want = model(x)
     assert len(fold(model, x)) == 1
     torch.testing.assert_close(model(x), want)
+
+
+def test_a_weight_that_half_precision_can_not_hold_stays():
+    m = nn.Sequential(nn.Conv2d(64, 64, 7, padding=3, bias=False), nn.BatchNorm2d(64)).eval()
+    with torch.no_grad():
+        m[0].weight.mul_(.5)
+        m[1].weight.fill_(2e-3)
+        m[1].running_var.fill_(6e4)
+    report = fold(m.half(), torch.randn(1, 64, 8, 8).half() * 300)
+    assert report.left == {'1': 'would lose digits in the float16 of its convolution'}
+
+
+class Clamped(nn.BatchNorm2d):
+    def __call__(self, x):
+        return super().__call__(x).clamp(-50, 50)
+
+
+class Clamp:
+    def __call__(self, x, weight, bias):
+        return nn.functional.conv2d(x, weight, bias).clamp(-50, 50)
+
+
+def test_other_calls_and_patches_of_what_is_inside_stay():
+    x = torch.randn(2, 3, 8, 8)
+    m = nn.Sequential(nn.Conv2d(3, 4, 1), Clamped(4)).eval()
+    assert 'forward of its own' in fold(m, x).left['1']
+    m = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    m[0]._conv_forward = Clamp()
+    assert 'a forward that was replaced' in fold(m, x).left['1']
+
+
+def test_a_network_that_holds_a_script_module_folds():
+    m = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), torch.jit.script(nn.ReLU())).eval()
+    x = torch.randn(2, 3, 8, 8)
+    want = m(x)
+    assert len(fold(m, x)) == 1
+    torch.testing.assert_close(m(x), want)
+
+
+class Counting(nn.Sequential):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer('calls', torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_buffers_keep_their_values():
+    m = Counting(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    assert len(fold(m, torch.randn(2, 3, 8, 8))) == 1 and m.calls == 0
+
+
+def test_a_hook_on_the_identity_inside_a_norm_stays():
+    from timm.layers import BatchNormAct2d
+    m, seen = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4, apply_act=False)).eval(), []
+    m[1].act.register_forward_hook(lambda *args: seen.append(1))
+    fold(m, torch.randn(2, 3, 8, 8))
+    seen.clear()
+    m(torch.randn(2, 3, 8, 8))
+    assert seen == [1]

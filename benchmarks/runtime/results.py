@@ -82,7 +82,11 @@ def resume(path: Path, head: dict[str, Any], plan: list[Study]) -> list[dict[str
         study = planned.get(unit['study'])
         if study and not covers(unit, study) and not candidates_of(unit) <= set(study.candidates):
             raise ValueError(f'{path} has other models or modes of the study {study.name}: {otherwise}')
-    head['date'], head['command'] = old['date'], old['command']
+    head['date'] = old['date']
+    if head['command'] not in old['command'].split(' && '):  # all that made the file
+        head['command'] = f'{old["command"]} && {head["command"]}'
+    else:
+        head['command'] = old['command']
     units: list[dict[str, Any]] = old['units']
     return units
 

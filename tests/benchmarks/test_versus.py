@@ -1,0 +1,29 @@
+"""benchmarks.versus: two checkouts timed against each other; here one against itself."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args):
+    return subprocess.run(
+        [sys.executable, '-m', 'benchmarks.versus', str(ROOT), *args], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_checkout_against_itself(tmp_path):
+    done = run('--only', 'TIM 8x4x4, inference', '--rounds', '3', '--out', str(tmp_path / 'versus.json'))
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / 'versus.json').read_text())
+    assert results['commits']['before'] == results['commits']['after']
+    case, = results['cases']
+    assert case['name'] == 'TIM 8x4x4, inference' and len(case['before']) == len(case['after']) == 3
+    assert .2 < case['ratio']['median'] < 5
+
+
+def test_error_no_case_and_no_checkout(tmp_path):
+    assert "argument --only: no case contains 'nothing'" in run('--only', 'nothing').stderr
+    done = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.versus', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert 'argument before: must be a checkout of this repository' in done.stderr
