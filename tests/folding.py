@@ -12,6 +12,7 @@ from helpers import anatomy, assert_same, randomize, values
 from torch import nn
 
 import cmr_layers.released  # noqa: F401  # registers its networks with timm
+from cmr_layers import ClipModel, retrofit
 from cmr_layers.deploy import fold
 
 T = 3
@@ -31,6 +32,14 @@ def small(name='cmr_resnet18', **kwargs):
     first = 64 if name.removesuffix('d').endswith(('18', '34')) else 16
     kwargs = {'num_classes': 5, 'num_frames': T, 'channels': (first, 16, 16, 16), **kwargs}
     return randomize(timm.create_model(name, **kwargs)).eval()
+
+
+def retrofitted(make, wrap):
+    """A ResNet-18 with layers, alone or in a ClipModel, and its input."""
+    model = make('resnet18', num_classes=5)
+    retrofit(model, num_frames=T)
+    randomize(model).eval()
+    return (ClipModel(model, num_frames=T), clips()) if wrap else (model, clips().flatten(0, 1))
 
 
 def clips(batch=2, num_frames=T, size=32, **kwargs):

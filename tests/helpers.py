@@ -7,7 +7,11 @@ from cmr_layers import CME, SME, TIM, CMRBlock, ops
 
 cl, contiguous = torch.channels_last, torch.contiguous_format
 LAYOUTS = {'contiguous': contiguous, 'channels_last': cl}
+F64, F32 = torch.float64, torch.float32
 HALF = [torch.float16, torch.bfloat16]
+# Forms of an operation and what each computes in. The kernels sum in float32, so float64 is for the plain form alone.
+PRECISE = [('plain', F64), ('triton', F32)]
+ALL = [(form, dtype) for form in ('reference', 'plain', 'triton') for dtype in (F32, *HALF)]
 # The rule of tolerance: what a result may be off by, in units of the largest value that is expected. That is a few
 # roundings of its dtype, the more the longer the sums that are rounded on the way; half precision sums in float32.
 ROUNDINGS = {torch.float64: 5000, torch.float32: 20, torch.float16: 3, torch.bfloat16: 3}

@@ -4,7 +4,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from folding import T, assert_folds, assert_near, batch_norms, clips, norms
+from folding import T, assert_folds, assert_near, batch_norms, clips, norms, retrofitted
 from helpers import randomize
 
 from cmr_layers import CME, SME, TIM, ClipModel, CMRBasicBlock, insert, restore, retrofit, set_num_frames
@@ -14,11 +14,7 @@ from cmr_layers.deploy import fold
 @pytest.mark.parametrize('wrap', [False, True])
 @pytest.mark.parametrize('make', [timm.create_model, torchvision.models.get_model])
 def test_retrofitted_networks(make, wrap):
-    model = make('resnet18', num_classes=5)
-    retrofit(model, num_frames=T)
-    randomize(model).eval()
-    x = clips() if wrap else clips().flatten(0, 1)
-    model = ClipModel(model, num_frames=T) if wrap else model
+    model, x = retrofitted(make, wrap)
     assert len(assert_folds(model, x)) == 24
 
 

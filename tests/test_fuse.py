@@ -5,14 +5,14 @@ import pytest
 import timm
 import torch
 import torchvision
-from folding import KINDS, T, assert_near, clips, norms, resaved, small
+from folding import KINDS, T, assert_near, clips, norms, resaved, retrofitted, small
 from helpers import anatomy, assert_same, randomize, values
 from timm.models import create_feature_extractor
 from timm.utils import freeze, reparameterize_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from cmr_layers import SME, ClipModel, CMRBasicBlock, retrofit
+from cmr_layers import SME, CMRBasicBlock
 from cmr_layers.fuse import fold_norms, fold_pair
 from cmr_layers.released import CME as ReleasedCME
 
@@ -204,11 +204,7 @@ def test_only_what_follows_a_convolution_folds():
 @pytest.mark.parametrize('wrap', [False, True])
 @pytest.mark.parametrize('make', [timm.create_model, torchvision.models.get_model])
 def test_of_a_retrofitted_network_all_norms_but_the_stems_fold(make, wrap):
-    model = make('resnet18', num_classes=5)
-    retrofit(model, num_frames=T)
-    randomize(model).eval()
-    x = clips() if wrap else clips().flatten(0, 1)
-    model = ClipModel(model, num_frames=T) if wrap else model
+    model, x = retrofitted(make, wrap)
     folded = reparameterize_model(model)
     assert norms(folded) == ['model.bn1' if wrap else 'bn1'] and len(norms(model)) == 24
     assert_near(folded(x), model(x), 1e-5)

@@ -21,12 +21,15 @@ def write_video(path, levels, codec='libx264', pix_fmt='yuv420p', size=(64, 48),
             if paint is not None:
                 paint(image, i)
             frame = av.VideoFrame.from_ndarray(image, format='rgb24')
-            frame.pts, frame.time_base = first_pts + i, Fraction(1, RATE)
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            add(container, stream, frame, first_pts + i, Fraction(1, RATE))
+        container.mux(stream.encode())
     return path
+
+
+def add(container, stream, frame, pts, time_base):
+    """Encode a frame that is shown at pts ticks."""
+    frame.pts, frame.time_base = pts, time_base
+    container.mux(stream.encode(frame))
 
 
 def read_levels(clip):
@@ -45,12 +48,8 @@ def encode(path, stamps, codec='libx264', time_base=Fraction(1, RATE), options=N
         stream.width, stream.height, stream.pix_fmt = 64, 48, 'yuv420p'
         stream.codec_context.time_base = time_base
         for i, stamp in enumerate(stamps):
-            frame = paint(LEVEL * i)
-            frame.pts, frame.time_base = stamp, time_base
-            for packet in stream.encode(frame):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
+            add(container, stream, paint(LEVEL * i), stamp, time_base)
+        container.mux(stream.encode())
     return path
 
 

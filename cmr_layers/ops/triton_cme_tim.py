@@ -19,7 +19,8 @@ from .layout import is_channels_last
 # (python -m benchmarks.kernels), and none has been timed yet. Nothing is tuned at run time: that would measure again in
 # every process, and break the first CUDA graph. Contraction of products and sums is pinned, since its default differs
 # between versions of Triton and results would move with it.
-_LAUNCH = {
+Launches = Dict[str, Tuple[Dict[str, Any], ...]]
+_LAUNCH: Launches = {
     'pool': (dict(BLOCK_P=256, BLOCK_C=8, num_warps=4), dict(BLOCK_P=64, BLOCK_C=64, num_warps=4)),
     'mix': (dict(FRAMES=8, BLOCK=1024, num_warps=4),) * 2,
     'correlate': (
@@ -33,7 +34,7 @@ MAX_SPLITS = 8
 # The kernel of equations (4) to (6) holds a matrix of all frames by all frames, which spills beyond this.
 MAX_FRAMES = 32
 
-__all__ = ['correlate', 'gates', 'mix', 'strides']
+__all__ = ['correlate', 'gates', 'launch', 'mix', 'strides']
 
 
 @triton.jit
@@ -252,8 +253,9 @@ def _correlate_kernel(
             tl.store(sums + (first + t) * C, tl.sum(u * current, 0), mask=stored)
 
 
-def _launch(kernel: str, x: Tensor) -> Dict[str, Any]:
-    return {**_LAUNCH[kernel][is_channels_last(x)], 'enable_fp_fusion': True}
+def launch(table: Launches, kernel: str, x: Tensor) -> Dict[str, Any]:
+    """Compile-time arguments of a kernel for frames x, from a table of them for contiguous and channels_last frames."""
+    return {**table[kernel][is_channels_last(x)], 'enable_fp_fusion': True}
 
 
 def strides(x: Tensor) -> Tuple[int, int, int]:
@@ -270,20 +272,20 @@ def gates(
         return plain.gates(x, num_frames, w1, w2, w3, b3)
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     c1, c2 = w1.shape[0], w2.shape[0]
-    meta = _launch('pool', x)
+    meta = launch(_LAUNCH, 'pool', x)
     splits = min(MAX_SPLITS, triton.cdiv(pixels, 512))
     partial = x.new_empty(splits, n, channels, dtype=torch.float32)
     grid: Any = (n * triton.cdiv(channels, meta['BLOCK_C']), splits)
     _pool_kernel[grid](x, partial, n, channels, pixels, *strides(x), triton.cdiv(pixels, splits), **meta)
 
     pooled, z, k, gate = (x.new_empty(n, width, dtype=torch.float32) for width in (channels, c1, c2, channels))
-    meta = _launch('project' if channels <= 256 else 'project, wide', x)
+    meta = launch(_LAUNCH, 'project' if channels <= 256 else 'project, wide', x)
     blocks = triton.cdiv(c1, meta['BLOCK_O']) + triton.cdiv(c2, meta['BLOCK_O'])
     _project_kernel[(triton.cdiv(n, meta['BLOCK_N']), blocks)](
         partial, w1.contiguous(), w2.contiguous(), pooled, z, k, n, channels, c1, c2, plain.key_bound(c2),
         SPLITS=splits, **meta)
 
-    meta = _launch('gate', x)
+    meta = launch(_LAUNCH, 'gate', x)
     grid = (n // num_frames, triton.cdiv(channels, meta['BLOCK_C']))
     _gate_kernel[grid](
         z, k, w3.contiguous(), None if b3 is None else b3.contiguous(), gate, num_frames, channels, c1, c2,
@@ -298,7 +300,7 @@ def mix(
     """The pass over the frames, or its transpose."""
     y = torch.empty_like(x)
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    meta = _launch('mix', x)
+    meta = launch(_LAUNCH, 'mix', x)
     frames = min(meta.pop('FRAMES'), num_frames)
     grid = (x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(channels * pixels, meta['BLOCK']),)
     _mix_kernel[grid](
@@ -312,7 +314,7 @@ def mix(
 def correlate(x: Tensor, gy: Tensor, num_frames: int, num_taps: int) -> Tensor:
     """As :func:`.plain_cme_tim.correlate`."""
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    meta = _launch('correlate', x)
+    meta = launch(_LAUNCH, 'correlate', x)
     frames = min(meta.pop('FRAMES'), num_frames)
     blocks = triton.cdiv(pixels, meta['BLOCK_P'])
     partial = x.new_empty(blocks, num_taps, n, channels, dtype=torch.float32)

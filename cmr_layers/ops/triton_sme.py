@@ -5,7 +5,7 @@ epilogue of the product, with the bias and the residual behind it.
 
 Frames are folded, row n = b * T + t, and lie in memory as (N, C, P) or (N, P, C), P = H * W. All sums are float32.
 """
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Optional, Tuple
 
 import torch
 import triton
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from . import plain_sme as plain
 from .layout import dense, is_channels_last, like
-from .triton_cme_tim import strides
+from .triton_cme_tim import Launches, launch, strides
 
 __all__ = ['motion_conv', 'motion_conv_backward', 'product', 'similarity']
 
 # Launch configurations, for contiguous and for channels_last frames; see triton_cme_tim.py.
 _MOTION = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
-_LAUNCH = {
+_LAUNCH: Launches = {
     'similarity': (dict(ROWS=256, BLOCK_C=8, num_warps=4), dict(ROWS=16, BLOCK_C=128, num_warps=4)),
     'motion': (
         dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=8, num_warps=8, num_stages=3),
@@ -218,15 +218,11 @@ def _unmotion_kernel(
         before_g, before_s, before_e, before_f = g, similarity, here, there
 
 
-def _launch(kernel: str, x: Tensor) -> Dict[str, Any]:
-    return {**_LAUNCH[kernel][is_channels_last(x)], 'enable_fp_fusion': True}
-
-
 def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     """Similarities and inverse norms, (N, H, W) each, of clips of two frames or more."""
     n, channels, height, width = x.shape
     s, inverse_norm = (x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
-    meta = _launch('similarity', x)
+    meta = launch(_LAUNCH, 'similarity', x)
     frames = min(triton.next_power_of_2(num_frames), 8)
     grid = (
         n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(height * width, meta['ROWS'] // frames),)
@@ -253,7 +249,7 @@ def product(
     images, pixels = n, height * width
     if is_channels_last(x):  # channels_last is one long row of pixels: no ragged edge at each frame
         images, pixels = 1, n * pixels
-    meta = _launch('motion, float32' if x.dtype is torch.float32 else 'motion', x)
+    meta = launch(_LAUNCH, 'motion, float32' if x.dtype is torch.float32 else 'motion', x)
     grid = (images * triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(channels, meta['BLOCK_N']),)
     _motion_kernel[grid](
         x, weight.contiguous(), s, None if bias is None else bias.contiguous(), y, pixels, channels, *strides(x),
@@ -282,10 +278,10 @@ def motion_conv_backward(
 
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     m, gx, gs = torch.empty_like(x), torch.empty_like(x), torch.empty_like(s)
-    meta = _launch('product', x)
+    meta = launch(_LAUNCH, 'product', x)
     grid: Any = (x.shape[0] * triton.cdiv(pixels, meta['BLOCK_P']),)
     _product_kernel[grid](x, q, s, m, gs, channels, pixels, *strides(x), **meta)
-    meta = _launch('unmotion', x)
+    meta = launch(_LAUNCH, 'unmotion', x)
     frames = min(meta.pop('FRAMES'), num_frames)
     blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['BLOCK_P'])
     grid = (x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * blocks,)

@@ -4,7 +4,20 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HALF, LAYOUTS, TOLERANCE, assert_like, assert_near, cme_tim_weights, contiguous, frames
+from helpers import (
+    ALL,
+    F32,
+    F64,
+    HALF,
+    LAYOUTS,
+    PRECISE,
+    TOLERANCE,
+    assert_like,
+    assert_near,
+    cme_tim_weights,
+    contiguous,
+    frames,
+)
 from interpreter import DEVICE
 
 from cmr_layers import ops
@@ -16,7 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning'),
     pytest.mark.usefixtures('small_blocks', 'unwritten_shows')]
 
-F64, F32 = torch.float64, torch.float32
 # clips, T, C, H, W: one frame; odd sizes; one pixel; one channel; more frames than a program of Triton's walks over;
 # channels and pixels beyond a block of its
 SHAPES = [
@@ -32,9 +44,6 @@ CONVOLUTIONS = {    # weight, then bias, stride, padding, dilation and groups, o
     '1x1, no bias': ((20, 6, 1, 1), False, [1, 1], [0, 0], [1, 1], 1),
     '3x3': ((4, 3, 3, 3), False, [2, 2], [1, 1], [1, 1], 2),
     '3x3, dilated': ((4, 6, 3, 3), True, [1, 1], [2, 2], [2, 2], 1)}
-# What every form computes in. The kernels sum in float32, so float64 is for the plain form alone.
-PRECISE = [('plain', F64), ('triton', F32)]
-ALL = [(form, dtype) for form in ('reference', 'plain', 'triton') for dtype in (F32, *HALF)]
 
 
 def convolution(kind, dtype=F32):

@@ -4,7 +4,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import HALF, LAYOUTS, TOLERANCE, assert_like, assert_near, contiguous, frames
+from helpers import (
+    ALL,
+    F32,
+    F64,
+    HALF,
+    LAYOUTS,
+    PRECISE,
+    TOLERANCE,
+    assert_like,
+    assert_near,
+    contiguous,
+    frames,
+)
 from interpreter import DEVICE
 
 from cmr_layers import ops
@@ -16,15 +28,11 @@ pytestmark = [
     pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning'),
     pytest.mark.usefixtures('small_blocks', 'unwritten_shows')]
 
-F64, F32 = torch.float64, torch.float32
 # clips, T, C, H, W: odd sizes; one pixel; one channel; more frames than a program of Triton's walks over; channels and
 # pixels beyond a block of its
 SHAPES = [
     (2, 2, 6, 1, 5), (1, 3, 5, 3, 7), (2, 5, 1, 3, 3), (1, 3, 5, 1, 1), (2, 9, 11, 1, 2), (1, 2, 136, 5, 3),
     (3, 8, 8, 7, 7), (1, 5, 40, 7, 5)]
-# What every form computes in. The kernels sum in float32, so float64 is for the plain form alone.
-PRECISE = [('plain', F64), ('triton', F32)]
-ALL = [(form, dtype) for form in ('reference', 'plain', 'triton') for dtype in (F32, *HALF)]
 NORMS = {'folded': 0, 'no affine': 2, 'affine': 4}
 
 
