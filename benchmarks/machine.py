@@ -1,6 +1,7 @@
 """What a result file says about where it comes from."""
 import argparse
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -11,7 +12,34 @@ from typing import Any
 
 import torch
 
-__all__ = ['describe', 'positive', 'result_file']
+from cmr_layers.version import __version__
+
+__all__ = ['COMMAND', 'describe', 'launcher', 'positive', 'read_json', 'result_file', 'write']
+
+COMMAND = 'CMR_LAYERS_BENCHMARK_COMMAND'  # the command that made others start; it is the one to repeat
+# What takes the place of a GPU in a rehearsal: the path of the program that stages it. Nothing else knows of it.
+REHEARSAL: str | None = None
+
+
+def launcher() -> list[str]:
+    """How a process of this benchmark starts another: a rehearsal stays one."""
+    return [sys.executable, *filter(None, [REHEARSAL])]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A result file; None if there is none, or no whole one."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write(path: Path, results: dict[str, Any]) -> None:
+    """A result file, whole or not at all."""
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(results, indent=1) + '\n')
+    os.replace(part, path)
 
 
 def result_file(text: str) -> Path:
@@ -40,12 +68,16 @@ def _processor() -> str:
 def describe(*packages: str) -> dict[str, Any]:
     """Machine, versions, date and command, as every committed result carries them."""
     return {
+        **({'rehearsal': True} if REHEARSAL else {}),
         'date': datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-        'command': shlex.join(['python', *_module(), *sys.argv[1:]]),
+        'command': os.environ.get(COMMAND) or shlex.join(['python', *_module(), *sys.argv[1:]]),
         'machine': f'{_processor()}, {os.cpu_count()} cores, {platform.system()}',
+        'capability': torch.backends.cpu.get_cpu_capability(),
         'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         'python': platform.python_version(),
-        'versions': {name: version(name) for name in ('cmr-layers', 'torch', 'timm', 'einops', *packages)},
+        # the package's own is read from it: on a borrowed machine it may be there without being installed
+        'versions': {'cmr-layers': __version__, **{
+            name: version(name) for name in ('torch', 'timm', 'einops', *packages)}},
     }
 
 

@@ -22,11 +22,11 @@ def interpreted():
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
-    from cmr_layers.ops import path, triton_cme_tim, triton_cme_tim_conv, triton_sme
+    from cmr_layers.ops import path, triton_block_end, triton_cme_tim, triton_cme_tim_conv, triton_sme
 
     exchanged = [
         (module, name, value, InterpretedFunction(value.fn))
-        for module in (tl, tl.standard, triton_cme_tim, triton_cme_tim_conv, triton_sme)
+        for module in (tl, tl.standard, triton_block_end, triton_cme_tim, triton_cme_tim_conv, triton_sme)
         for name, value in vars(module).items() if isinstance(value, JITFunction)]
 
     def multiply_numbers(function):

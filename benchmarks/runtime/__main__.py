@@ -14,8 +14,9 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,18 +24,20 @@ from benchmarks.machine import positive, result_file
 from benchmarks.runtime import tables
 from benchmarks.runtime.candidate import MODES, ON, Setting
 from benchmarks.runtime.compare import compare
-from benchmarks.runtime.measure import measure
+from benchmarks.runtime.journal import Journal
+from benchmarks.runtime.measure import ProcessLost, measure
 from benchmarks.runtime.models import MODELS, OPERATORS
 from benchmarks.runtime.plan import STUDIES, Study, studies
-from benchmarks.runtime.results import NO_TIME, candidates_of, covers, environment, read, resume, save
+from benchmarks.runtime.results import NO_TIME, candidates_of, environment, read, resume, save, unfinished
 from benchmarks.runtime.timing import Deadline
 
+RESTARTED = 'CMR_LAYERS_BENCHMARK_RESTARTED'  # how often, and when the time is up
+MAX_RESTARTS = 4
 _QUICK_STUDIES = ('latency', 'operators', 'training', 'layers')
 _QUICK_MODELS = ('tdrl', 'cmr', 'layer cme', 'cme_tim 256')
 
 
-
-def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
+def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Setting, list[Study]]:
     """The arguments, the setting that the studies vary, and these."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -61,7 +64,7 @@ def parse() -> tuple[argparse.Namespace, Setting, list[Study]]:
     parser.add_argument('--out', type=result_file, help='write the results there, as JSON')
     parser.add_argument('--fresh', action='store_true', help='overwrite --out rather than go on where it ends')
     parser.add_argument('--against', type=Path, help='a result file: say whether its ratios came out again')
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cuda = args.device == 'cuda'
     if cuda and not torch.cuda.is_available():
         parser.error('argument --device: cuda, but there is none here; choose cpu')
@@ -129,6 +132,9 @@ def main() -> int:
     start = Deadline(0)
     args, base, plan = parse()
     deadline = Deadline(60 * args.minutes + start.left())
+    restarts, ends = os.environ.get(RESTARTED, '0 0').split()
+    if int(restarts):
+        deadline.end, args.fresh = float(ends), False
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler, which measures memory, greets and parts
     torch.backends.cudnn.benchmark = True  # everything is to be as fast as it gets
     head = header(args, base)
@@ -139,7 +145,19 @@ def main() -> int:
         except (OSError, ValueError) as error:
             print(f'argument --out: {error}', file=sys.stderr)
             return 2
-    run(args, plan, deadline, head, units)
+    journal = Journal(args.out.with_suffix('.journal') if args.out else None)
+    if args.fresh:
+        journal = journal.anew()
+    try:
+        run(args, plan, deadline, head, units, journal)
+    except ProcessLost as reason:
+        print(f'this process is of no more use: {reason}', file=sys.stderr)
+        if not args.out or int(restarts) == MAX_RESTARTS:
+            print('run the command again, with --out, for what is left', file=sys.stderr)
+            return 1
+        restart(int(restarts) + 1, deadline)
+    if not unfinished(units, plan):
+        journal.close()
     results = {**head, 'units': units}
     print(tables.render(results), 'Operations and parameters: python -m benchmarks.flops', sep='\n\n')
     names = {study.name for study in plan}
@@ -162,40 +180,58 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def restart(number: int, deadline: Deadline) -> NoReturn:
+    """Become a fresh process, which goes on where the file ends."""
+    os.environ[RESTARTED] = f'{number} {deadline.end}'
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def run(
         args: argparse.Namespace, plan: list[Study], deadline: Deadline, head: dict[str, Any],
-        units: list[dict[str, Any]],
+        units: list[dict[str, Any]], journal: Journal,
 ) -> None:
-    """Measure what the units lack. The first pass of all studies comes before the second of any."""
+    """Measure what the units lack. The first pass of all studies comes before the second of any.
+
+    What a former run had no time for comes behind what no run has tried: it may need more time than a run has.
+
+    Raises:
+        ProcessLost: A fresh process has to go on.
+    """
     finished = {(unit['study'], unit['pass']): unit for unit in units}
-    todo = [(study, number) for number in range(args.passes) for study in plan if number < study.passes]
-    sizes = [len(study.of_pass(number).candidates) * (study.rounds + 1) for study, number in todo]
-    done = sum(
-        size for (study, number), size in zip(todo, sizes) if covers(finished.get((study.name, number)), study))
+    todo = sorted(unfinished(units, plan), key=lambda pair: (pair[0].name, pair[1]) in finished)
+    sizes = [
+        (study, number, len(study.of_pass(number).candidates) * (study.rounds + 1))
+        for number in range(args.passes) for study in plan if number < study.passes]
+    left = {(study.name, number) for study, number in todo}
+    done = sum(size for study, number, size in sizes if (study.name, number) not in left)
     late: list[str] = []
     durations = dict.fromkeys(STUDIES, 0.)
-    with bar(sum(sizes), done) as progress:
+    with bar(sum(size for *_, size in sizes), done) as progress:
         for study, number in todo:
-            if covers(finished.get((study.name, number)), study):
-                continue
             progress.set_description(f'{study.name}, pass {number + 1} of {study.passes}')
             if deadline.left() < durations[study.name] or deadline.left() < 0:
                 late.append(f'{study.name}, pass {number + 1}')  # one that would be cut off is none
                 continue
-            start = Deadline(0)
-            entries = measure(study, number, deadline, progress.update)
+            start, lost = Deadline(0), None
+            try:
+                entries = measure(study, number, deadline, progress.update, journal)
+            except ProcessLost as reason:
+                entries, lost = reason.entries, reason
             durations[study.name] = -start.left()
             unit = {
                 'study': study.name, 'pass': number, 'date': environment()['date'], 'entries': entries}
             cut = [f'{e["model"]}, {e["mode"]}' for e in entries if e.get('missing') == NO_TIME]
             if cut:
                 late.append(f'{study.name}, pass {number + 1}: {", ".join(dict.fromkeys(cut))}')
-            if len(candidates_of(unit)) <= len(candidates_of(finished.get((study.name, number)))):
-                continue  # no more than what is there, or nothing at all
-            units[:] = [unit for unit in units if (unit['study'], unit['pass']) != (study.name, number)]
-            units.append(unit)
-            if args.out:
-                save(args.out, head, units)
+            if len(candidates_of(unit)) > len(candidates_of(finished.get((study.name, number)))):  # it got farther
+                units[:] = [unit for unit in units if (unit['study'], unit['pass']) != (study.name, number)]
+                units.append(unit)
+                if args.out:
+                    save(args.out, head, units)
+            if lost:
+                raise lost
     if late:
         print(f'no time was left for: {"; ".join(late)}', file=sys.stderr)
 

@@ -5,8 +5,10 @@ import torch
 
 from benchmarks.runtime.models import MODELS
 
-__all__ = ['MODES', 'ON', 'Candidate', 'Mode', 'Setting', 'takes']
+__all__ = ['DEVICES', 'MODES', 'ON', 'Candidate', 'Mode', 'Setting', 'takes']
 
+# Where the tensors of a device's settings are: a rehearsal without a GPU puts those of 'cuda' elsewhere
+DEVICES = {'cpu': 'cpu', 'cuda': 'cuda'}
 _DTYPES = {'fp32': torch.float32, 'tf32': torch.float32, 'fp16': torch.float16, 'bf16': torch.bfloat16}
 
 
@@ -53,6 +55,10 @@ class Setting(NamedTuple):
     @property
     def label(self) -> str:
         return f'{self.device}, {self.dtype}, batch {self.batch}, {self.frames}x{self.size}x{self.size}, {self.layout}'
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(DEVICES[self.device])
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -18,7 +18,7 @@ from benchmarks.runtime.plan import STUDIES, Study
 
 __all__ = [
     'NO_TIME', 'Measured', 'Results', 'candidates_of', 'covers', 'environment', 'everything', 'find', 'measured',
-    'origin', 'ratio', 'read', 'resume', 'save']
+    'origin', 'ratio', 'read', 'resume', 'save', 'unfinished']
 
 NO_TIME = 'no time left'  # why an entry is missing that another run may have
 
@@ -107,6 +107,15 @@ def candidates_of(unit: dict[str, Any] | None) -> set[Candidate]:
 def covers(unit: dict[str, Any] | None, study: Study) -> bool:
     """Whether a finished unit has all that is wanted of it."""
     return unit is not None and candidates_of(unit).issuperset(study.of_pass(unit['pass']).candidates)
+
+
+def unfinished(units: Iterable[dict[str, Any]], plan: Iterable[Study]) -> list[tuple[Study, int]]:
+    """Passes of studies that lack something: the first of all studies, then the second, ..."""
+    finished = {(unit['study'], unit['pass']): unit for unit in units}
+    plan = list(plan)
+    return [
+        (study, number) for number in range(max(study.passes for study in plan)) for study in plan
+        if number < study.passes and not covers(finished.get((study.name, number)), study)]
 
 
 # What is in them

@@ -143,6 +143,18 @@ def frames(results: Results) -> str:
     return table(['16 frames', 'ms', *_bound_head(results), _TO_BASELINE, _TO_TSM, 'peak MB'], rows)
 
 
+def backbones(results: Results) -> str:
+    """Backbones of other kinds, with temporal layers and without."""
+    ms = measured(results, 'backbones')
+    rows = []
+    for m in ms:
+        plain = find(ms, m, model=m.model.removesuffix(' adapted'), mode='graph' if m.mode == 'graph' else 'unfolded')
+        rows.append([m.row.label, m.mode, _time(m), *_bound(m, results), interval.show(ratio(m, plain)),
+                     _memory(m.memory), _error(m)])
+    return table(
+        ['', 'mode', 'ms', *_bound_head(results), 'to itself without layers', 'peak MB', 'largest error'], rows)
+
+
 def training(results: Results) -> str:
     """A training step."""
     ms = measured(results, 'training')
@@ -265,6 +277,7 @@ SECTIONS: dict[str, tuple[tuple[str, ...], Callable[[Results], str]]] = {
     'training': (('training',), training),
     'frames': (('frames',), frames),
     'precision': (('precision',), precision),
+    'backbones': (('backbones',), backbones),
     **{f'scale-{axis}': (('scaling',), lambda results, axis=axis: scaling(results, 'scaling', axis))  # type: ignore[misc]
        for axis in AXES},
     'layers': (('layers',), lambda results: scaling(results, 'layers', 'frames')),

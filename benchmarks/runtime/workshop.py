@@ -1,4 +1,5 @@
 """Builds what is timed: with values as after training, placed, folded, compiled, captured."""
+import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.peers.gsm import GSM
 from benchmarks.runtime.candidate import MODES, Candidate, Setting, takes
-from benchmarks.runtime.models import MODELS, OPERATORS
+from benchmarks.runtime.graph import Sweep
+from benchmarks.runtime.models import LAYERS, MODELS, OPERATORS
 from cmr_layers import CME, TIM
-from cmr_layers.deploy import fold, graphed
+from cmr_layers.deploy import fold, fuse_stages, graphed
 from cmr_layers.ops import use_path
 
 __all__ = ['TrainingStep', 'Workshop', 'build', 'precision', 'relative_error']
@@ -53,7 +55,7 @@ def build(name: str, frames: int, width: float = 1) -> nn.Module:
 
 def place(model: nn.Module, setting: Setting, dtype: torch.dtype) -> nn.Module:
     """Move a network there, in place."""
-    model = model.to(setting.device, dtype)
+    model = model.to(setting.torch_device, dtype)
     if setting.layout == 'channels_last':
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         for p in model.parameters():
@@ -63,13 +65,36 @@ def place(model: nn.Module, setting: Setting, dtype: torch.dtype) -> nn.Module:
 
 
 def clips(setting: Setting, count: int, dtype: torch.dtype, channels: int) -> list[Tensor]:
-    """Frames (B*T, C, H, W), several batches of them; those inside of a network as a ReLU leaves them."""
-    generator = torch.Generator().manual_seed(0)
+    """Frames (B*T, C, H, W), several batches of them; those inside of a network as a ReLU leaves them.
+
+    They are drawn where they are used: a layer gets up to fifty million numbers, which a CPU takes seconds to draw.
+    """
+    generator = torch.Generator(setting.torch_device).manual_seed(0)
     shape = setting.batch * setting.frames, channels, setting.size, setting.size
-    made = (torch.randn(shape, generator=generator) for _ in range(count))
+    made = (torch.randn(shape, generator=generator, device=setting.torch_device) for _ in range(count))
     return [
-        (x if channels == 3 else x.relu_()).to(setting.device, dtype).contiguous(memory_format=setting.memory_format)
-        for x in made]
+        (x if channels == 3 else x.relu_()).to(dtype).contiguous(memory_format=setting.memory_format) for x in made]
+
+
+# Networks folded on the host. With a GPU the host's time is the GPU's, too, and its memory is large.
+_masters: dict[tuple[Any, ...], nn.Module] = {}
+
+
+def _folded(c: Candidate) -> nn.Module:
+    """A network with its batch norms folded, for a GPU with its stages fused, not yet placed or rounded."""
+    one = c.setting._replace(device='cpu', batch=1)
+    if takes(c.model, one._replace(size=64)):  # as much of a network is seen there, and sooner
+        one = one._replace(size=min(one.size, 64))
+    key = c.model, c.width, one.frames, one.size, one.layout
+    if key in _masters:
+        return copy.deepcopy(_masters[key])
+    model = build(c.model, c.setting.frames, c.width)
+    x = clips(one, 1, torch.float32, MODELS[c.model].in_channels)[0]
+    fold(model, x)
+    if c.setting.device == 'cuda':
+        fuse_stages(model, x)
+        _masters[key] = copy.deepcopy(model)
+    return model
 
 
 class Workshop:
@@ -102,12 +127,7 @@ class Workshop:
         folded = folded and c.model not in OPERATORS  # which have nothing to fold
 
         def make() -> nn.Module:
-            model = build(c.model, c.setting.frames, c.width)
-            if folded:
-                one = c.setting._replace(device='cpu', batch=1)
-                if takes(c.model, one._replace(size=64)):  # as much of a network is seen there, and sooner
-                    one = one._replace(size=min(one.size, 64))
-                fold(model, clips(one, 1, torch.float32, MODELS[c.model].in_channels)[0])
+            model = _folded(c) if folded else build(c.model, c.setting.frames, c.width)
             return place(model, c.setting, c.setting.torch_dtype)
         where = c.setting._replace(batch=0, size=0)  # which do not change it
         model: nn.Module = self._once(('network', c.model, c.width, where, folded), make)
@@ -135,8 +155,9 @@ class Workshop:
             with use_path(path):
                 y = model(x)
                 if not outgoing:
-                    generator = torch.Generator().manual_seed(1)
-                    gy = torch.randn(y.shape, generator=generator).to(y.device, c.setting.torch_dtype).to(y.dtype)
+                    generator = torch.Generator(y.device).manual_seed(1)
+                    gy = torch.randn(y.shape, generator=generator, device=y.device).to(c.setting.torch_dtype)
+                    gy = gy.to(y.dtype)
                     outgoing.append(gy.contiguous(memory_format=c.setting.memory_format))
                 return torch.autograd.grad(y, [x, *parameters], outgoing[0])
         return run
@@ -172,6 +193,8 @@ class Workshop:
             return TrainingStep(model, c.setting, mode.path)
         with precision(c.setting), use_path(mode.path):
             model = self._compiled(c) if mode.compiled else self.network(c, mode.folded)
+            if mode.graph and c.model in LAYERS:
+                return Sweep(model, self.inputs(c))
             if mode.graph:
                 model = graphed(model, self.inputs(c)[0])  # type: ignore[assignment]
         if c.training:
@@ -191,7 +214,7 @@ class TrainingStep:
         self.model, self.setting, self.path = place(model, setting, torch.float32).train(), setting, path
         learned = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(learned, lr=1e-4, momentum=.9)
-        self.target = torch.arange(setting.batch, device=setting.device)
+        self.target = torch.arange(setting.batch, device=setting.torch_device)
 
     def __call__(self, x: Tensor) -> Tensor:
         dtype = self.setting.torch_dtype

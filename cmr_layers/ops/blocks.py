@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .layout import is_channels_last
 
-__all__ = ['acc_dtype', 'blocks', 'outer']
+__all__ = ['acc_dtype', 'block_length', 'blocks', 'outer']
 
 # Elements of a block. Smaller ones would fit in the L2 cache, but then the calls cost more than the memory.
 _SIZE = 2 ** 19
@@ -18,6 +18,11 @@ _SIZE = 2 ** 19
 def acc_dtype(x: Tensor) -> torch.dtype:
     """What everything but matrix products is computed in: x's dtype, at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def block_length(elements: int) -> int:
+    """How many slices of so many elements make a block; at least one."""
+    return max(1, _SIZE // elements)
 
 
 def blocks(x: Tensor, num_frames: int, dim: int, *others: Tensor) -> Iterator[List[Tensor]]:

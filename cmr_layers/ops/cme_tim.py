@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count, register_flop_formula
 
 from . import plain_cme_tim, reference
-from .layout import dense, is_channels_last, like, strides
+from .layout import dense, is_channels_last, is_recorded, like, strides
 from .operator import LIBRARY, no_second_derivative, operator
 from .path import choose, undisturbed
+from .products import has_onednn
 
 __all__ = ['CMEWeights', 'Convolution', 'cme_tim']
 
@@ -41,7 +42,7 @@ class Convolution(NamedTuple):
 
 def cme_tim(
         x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, conv: Convolution = Convolution(),  # noqa: B008
-        owner: Any = None,
+        owner: Any = None, pooled: Maybe = None, prefix: int = 0,
 ) -> Tensor:
     """CME, TIM and a convolution, one after the other; any of them may be missing.
 
@@ -52,25 +53,29 @@ def cme_tim(
         taps: TIM's taps, (C, 1, K).
         conv: The convolution.
         owner: The layer that calls, for :func:`.path.explain`.
+        pooled: Shares of the mean of x over its pixels, (splits, N, C), if :func:`.block_end.block_end` left them.
+        prefix: Columns at the beginning of W that are no places of the image: CME does not pool them.
     """
     name = ' + '.join((['CME'] if cme.w1 is not None else []) + (['TIM'] if taps is not None else []))
     number = 3 if taps is None else taps.shape[2]
     path = choose(
         owner, name, x, num_frames, [*cme, taps, conv.weight, conv.bias],
-        no_kernel='' if number in (1, 3) else f'TIM has {number} taps, the kernels know 1 and 3')
+        no_kernel='' if number in (1, 3) else f'TIM has {number} taps, the kernels know 1 and 3',
+        slower="PyTorch's depthwise convolution is faster" if _gains_nothing(x, cme, taps) else '')
     if path == 'reference':
-        y = _reference(x, num_frames, cme, taps)
+        y = _reference(x, num_frames, cme, taps, prefix)
     else:
         joins = torch.is_grad_enabled() or (path == 'triton' and _has_kernel(x, num_frames, taps, *conv))
         inside, conv = (conv, Convolution()) if joins else (Convolution(), conv)
-        y = torch.ops.cmr_layers.cme_tim(x, num_frames, *cme, taps, *inside, triton=path == 'triton')[0]
+        y = torch.ops.cmr_layers.cme_tim(
+            x, num_frames, *cme, taps, *inside, pooled, triton=path == 'triton', prefix=prefix)[0]
     return y if conv.weight is None else F.conv2d(y, *conv)  # type: ignore[arg-type]
 
 
-def _reference(x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe) -> Tensor:
+def _reference(x: Tensor, num_frames: int, cme: CMEWeights, taps: Maybe, prefix: int) -> Tensor:
     clips = reference.clips(x, num_frames)
     if cme.w1 is not None and cme.w2 is not None and cme.w3 is not None:
-        clips = reference.cme(clips, cme.w1, cme.w2, cme.w3, cme.b3)
+        clips = reference.cme(clips, cme.w1, cme.w2, cme.w3, cme.b3, prefix)
     if taps is not None:
         clips = reference.tim(clips, taps)
     return clips.reshape(x.shape)
@@ -82,13 +87,33 @@ def _has_kernel(
 ) -> bool:
     """Whether one Triton kernel takes in the convolution, too.
 
-    It mixes the frames once for every 128 output channels, so a wide convolution does not pay. Its tiles hold a power
+    It mixes the frames once for every 64 output channels, so a wide convolution does not pay. Its tiles hold a power
     of two of frames.
     """
     return (
-        taps is not None and weight is not None and tuple(weight.shape[2:]) == (1, 1) and weight.shape[0] <= 128
+        taps is not None and weight is not None and tuple(weight.shape[2:]) == (1, 1) and weight.shape[0] <= 64
         and groups == 1 and set(stride) == {1} and set(padding) == {0} and x.dtype in (torch.float16, torch.bfloat16)
         and is_channels_last(x) and num_frames in (2, 4, 8, 16))
+
+
+def _has_convolution(x: Tensor) -> bool:
+    """Whether PyTorch has a fast depthwise convolution over time for frames, which TIM alone then is.
+
+    It has one for a CPU, where the channels of a pixel are next to each other, and may be a part of all channels. In
+    float16 its backward pass is slow.
+    """
+    if x.dtype is torch.float16 and torch.is_grad_enabled():
+        return False
+    return x.device.type == 'cpu' and x.stride(1) == 1 and not x.is_contiguous() and has_onednn(x.dtype)
+
+
+def _gains_nothing(x: Tensor, cme: CMEWeights, taps: Maybe) -> bool:
+    """Whether the reference is as small and faster: TIM alone, and what keeps nothing and gates a small copy."""
+    if is_recorded():
+        return False  # the reference it is, and the size of x may be a symbol
+    size = x.numel() * x.element_size()  # torch.compile knows no nbytes of a size that is a symbol
+    small = taps is not None and not torch.is_grad_enabled() and size <= plain_cme_tim.GATED
+    return (cme.w1 is None or small) and _has_convolution(x)
 
 
 def _form(triton: bool) -> Any:
@@ -98,12 +123,14 @@ def _form(triton: bool) -> Any:
     return triton_cme_tim
 
 
+# `partial`: x is pooled already, see `pooled` above. It has no gradient of its own; that of x takes in the pooling.
 # The operator returns y, and for the backward pass pooled vectors, z, k and gates, which are empty without a CME.
 
 @operator
 def _cme_tim(
         x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
-        weight: Maybe, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, *, triton: bool,
+        weight: Maybe, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int, partial: Maybe = None,
+        *, triton: bool, prefix: int = 0,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     with undisturbed(x):
         form, x = _form(triton), dense(x)
@@ -111,12 +138,12 @@ def _cme_tim(
             pooled, z, k, gate = (x.new_empty(0, dtype=torch.float32) for _ in range(4))
             y = form.mix(x, num_frames, None, taps)
         else:
-            pooled, z, k, gate = form.gates(x, num_frames, w1, w2, w3, b3)
+            pooled, z, k, gate, scales = form.gates(x, num_frames, w1, w2, w3, b3, taps, partial, prefix)
             if triton and _has_kernel(x, num_frames, taps, weight, bias, stride, padding, dilation, groups):
                 from .triton_cme_tim_conv import gated_conv
-                assert taps is not None and weight is not None
-                return gated_conv(x, num_frames, gate, taps, weight, bias), pooled, z, k, gate
-            y = form.mix(x, num_frames, gate, taps)
+                assert weight is not None and scales is not None
+                return gated_conv(x, num_frames, scales, weight, bias), pooled, z, k, gate
+            y = form.mix(x, num_frames, gate, taps, scales=scales)
         return _conv(y, weight, bias, stride, padding, dilation, groups), pooled, z, k, gate
 
 
@@ -133,19 +160,20 @@ def _conv(u: Tensor, weight: Maybe, bias: Maybe, stride: Ints, padding: Ints, di
 @torch.library.register_fake('cmr_layers::cme_tim', lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
         x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe, *conv: Any, triton: bool,
+        prefix: int = 0,
 ) -> Tuple[Tensor, ...]:
     n, channels = x.shape[:2]
     sizes = [(0,)] * 4 if w1 is None or w2 is None else [
         (n, width) for width in (channels, w1.shape[0], w2.shape[0], channels)]
     vectors = [x.new_empty(size, dtype=torch.float32) for size in sizes]
-    return _conv(torch.empty_like(dense(x)), *conv), *vectors
+    return _conv(torch.empty_like(dense(x)), *conv[:6]), *vectors
 
 
 @operator
 def _cme_tim_backward(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
         weight: Maybe, bias: Maybe, stride: Ints, padding: Ints, dilation: Ints, groups: int,
-        pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor, learns: bool, *, triton: bool,
+        pooled: Tensor, z: Tensor, k: Tensor, gate: Tensor, learns: bool, *, triton: bool, prefix: int = 0,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x and all weights, empty where there is none. ``learns``: the gradient of ``weight`` is wanted."""
     form, x = _form(triton), dense(x)
@@ -171,8 +199,8 @@ def _cme_tim_backward(
         if w1 is not None and w2 is not None and w3 is not None:
             offset, g_w1, g_w2, g_w3, g_b3 = plain_cme_tim.gate_backward(
                 g_gate, num_frames, w1, w2, w3, b3, pooled, z, k, gate)
-            offset.div_(x.shape[2] * x.shape[3])
-        gx = form.mix(gy, num_frames, gated, taps, offset, transpose=True)
+            offset.div_(x.shape[2] * (x.shape[3] - prefix))
+        gx = form.mix(gy, num_frames, gated, taps, offset, transpose=True, prefix=prefix)
     if b3 is None:  # x's dtype, as the fake says
         g_b3 = x.new_empty(0)
     if taps is None:
@@ -183,7 +211,7 @@ def _cme_tim_backward(
 @torch.library.register_fake('cmr_layers::cme_tim_backward', lib=LIBRARY)  # type: ignore[untyped-decorator]
 def _(
         gy: Tensor, x: Tensor, num_frames: int, w1: Maybe, w2: Maybe, w3: Maybe, b3: Maybe, taps: Maybe,
-        weight: Maybe, bias: Maybe, *rest: Any, triton: bool,
+        weight: Maybe, bias: Maybe, *rest: Any, triton: bool, prefix: int = 0,
 ) -> Tuple[Tensor, ...]:
     learns = rest[-1]
     weights = w1, w2, w3, b3, taps, weight if learns else None, bias
@@ -192,7 +220,7 @@ def _(
 
 def _save(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: Tuple[Tensor, ...]) -> None:
     x, ctx.num_frames, *weights = inputs
-    ctx.form, ctx.conv = keyword_only_inputs, weights[7:]
+    ctx.form, ctx.conv = keyword_only_inputs, weights[7:11]
     ctx.save_for_backward(x, *weights[:7], *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
@@ -200,7 +228,7 @@ def _save(ctx: Any, inputs: Tuple[Any, ...], keyword_only_inputs: Any, output: T
 
 def _differentiate(ctx: Any, gy: Maybe, *rest: Any) -> Tuple[Any, ...]:
     if gy is None:
-        return (None,) * 13
+        return (None,) * 14
     x, *tensors = ctx.saved_tensors
     weights, vectors = tensors[:7], tensors[7:]
     learns = ctx.needs_input_grad[7]  # a weight that is frozen, as a pretrained network's may be, costs nothing
@@ -208,7 +236,7 @@ def _differentiate(ctx: Any, gy: Maybe, *rest: Any) -> Tuple[Any, ...]:
         gy, x, ctx.num_frames, *weights, *ctx.conv, *vectors, learns, **ctx.form)
     if not learns:
         weights[5] = None
-    return gx, None, *(None if w is None else g for w, g in zip(weights, gradients)), None, None, None, None
+    return gx, None, *(None if w is None else g for w, g in zip(weights, gradients)), *[None] * 5
 
 
 torch.library.register_autograd('cmr_layers::cme_tim', _differentiate, setup_context=_save, lib=LIBRARY)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .path import is_exporting
 
-__all__ = ['dense', 'is_channels_last', 'like', 'rectify_gradient', 'strides']
+__all__ = ['dense', 'is_channels_last', 'is_recorded', 'like', 'rectify_gradient', 'strides']
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -40,7 +40,7 @@ def dense(x: Tensor, like: Optional[Tensor] = None) -> Tensor:
     y = x if like is None else like
     last = y.ndim == 4 and not y.is_contiguous() and y.is_contiguous(memory_format=torch.channels_last)
     x = x.contiguous(memory_format=torch.channels_last) if last else x.contiguous()
-    if _is_recorded() or list(x.stride()) == strides(x, last):
+    if is_recorded() or list(x.stride()) == strides(x, last):
         return x
     if last:
         n, c, h, w = x.shape
@@ -55,12 +55,12 @@ def like(g: Tensor, x: Tensor) -> Tensor:
 
 def rectify_gradient(x: Tensor) -> Tensor:
     """x itself, and in the backward pass a gradient with the strides of x's layout, whatever strides it comes with."""
-    if x.requires_grad and not _is_recorded() and 1 in x.shape and x.is_contiguous():
+    if x.requires_grad and not is_recorded() and 1 in x.shape and x.is_contiguous():
         return x.flatten().view(x.shape)
     return x
 
 
-def _is_recorded() -> bool:
+def is_recorded() -> bool:
     """Whether a graph is made that leaves PyTorch: strides mean nothing in it, and sizes are not known."""
     if torch.jit.is_scripting():
         return False

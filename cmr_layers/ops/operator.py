@@ -7,7 +7,7 @@ from typing import Any, Callable
 
 import torch
 
-__all__ = ['LIBRARY', 'no_second_derivative', 'operator']
+__all__ = ['LIBRARY', 'no_derivative', 'no_second_derivative', 'operator']
 
 LIBRARY = torch.library.Library('cmr_layers', 'DEF')
 
@@ -23,13 +23,20 @@ def operator(function: Callable[..., Any]) -> Any:
 
 def no_second_derivative(name: str) -> None:
     """Have the operator of a backward pass refuse to be differentiated."""
+    _refuse(name, 'the operators of cmr_layers have no second derivatives')
+
+
+def no_derivative(name: str) -> None:
+    """Have an operator that is for inference refuse to be differentiated."""
+    _refuse(name, f'cmr_layers::{name} is for inference and has no derivative')
+
+
+def _refuse(name: str, why: str) -> None:
 
     def refuse(ctx: Any, *gradients: Any) -> None:
-        raise RuntimeError(
-            "the operators of cmr_layers have no second derivatives: run the layers under "
-            "cmr_layers.ops.use_path('reference')")
+        raise RuntimeError(f"{why}: run the layers under cmr_layers.ops.use_path('reference')")
 
-    def save(ctx: Any, inputs: Any, keyword_only_inputs: Any, output: Any) -> None:
+    def save(**kwargs: Any) -> None:
         pass
 
     torch.library.register_autograd(f'cmr_layers::{name}', refuse, setup_context=save, lib=LIBRARY)

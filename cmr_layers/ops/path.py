@@ -162,7 +162,7 @@ def _triton_obstacle(x: Tensor, num_frames: int) -> str:
 
 def choose(
         owner: Any, operation: str, x: Tensor, num_frames: int, weights: Sequence[Optional[Tensor]] = (),
-        obstacle: str = '', no_kernel: str = '',
+        obstacle: str = '', no_kernel: str = '', slower: str = '',
 ) -> str:
     """Decide on the path of a call: 'triton', 'plain' or 'reference'.
 
@@ -174,6 +174,7 @@ def choose(
         weights: The layer's tensors.
         obstacle: A reason of the caller's not to use the operators.
         no_kernel: A reason of the caller's not to use Triton.
+        slower: A reason of the caller's to prefer the reference to the plain form, if nothing is forced.
 
     Raises:
         RuntimeError: A forced path can't take the call.
@@ -186,6 +187,8 @@ def choose(
         no_kernel = obstacle or _triton_obstacle(x, num_frames) or no_kernel
         path = 'reference' if obstacle else 'plain' if no_kernel or forced == 'plain' else 'triton'
         reason = obstacle or ('forced' if forced == 'plain' else no_kernel)
+        if path == 'plain' and forced == 'auto' and slower:
+            path, reason = 'reference', slower
         if forced not in ('auto', path):
             raise RuntimeError(f"the path {forced!r} is forced, but {operation} can't take it: {reason}")
     log: Optional[List[Decision]] = _here.log
@@ -219,7 +222,8 @@ def explain(model: nn.Module, x: Tensor) -> Explanation:
     """Which path each layer of a model takes for an input, and why not a faster one.
 
     It runs the model once, without gradients, in its present mode (training or eval). Like any forward pass, that moves
-    the running statistics of a model in training mode. Calls that other threads make meanwhile are not in it.
+    the running statistics of a model in training mode. A call with gradients may take another path than it says. Calls
+    that other threads make meanwhile are not in it.
 
     Args:
         model: Any module with CME, SME or TIM in it, or a layer.

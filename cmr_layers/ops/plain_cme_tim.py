@@ -6,28 +6,41 @@ their shape have their strides. ``acc`` stands for x's dtype, at least float32.
 from typing import Iterator, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import acc_dtype, blocks, outer
+from .layout import is_channels_last
+from .products import has_onednn, is_exact
 
-__all__ = ['correlate', 'gate_backward', 'gates', 'key_bound', 'mix', 'taps_backward']
+__all__ = ['correlate', 'gate_backward', 'gates', 'key_bound', 'mix', 'scales_of', 'taps_backward']
+
+#: Bytes of frames whose gated copy is made as a whole, at most. More of them are gated block by block.
+GATED = 2 ** 24
+# Pixels up to which a product sums channels_last frames faster than a sum does
+_POOLED_BY_PRODUCT = 14 * 14
 
 
 def gates(
-        x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+        x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor], taps: Optional[Tensor],
+        partial: Optional[Tensor] = None, prefix: int = 0,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:
     """Equations (2) to (6).
 
     Args:
         x: Frames, (N, C, H, W).
         num_frames: Frames T of a clip.
         w1, w2, w3, b3: Weights of CME, (C1, C), (C2, C), (C, C1), and (C,) or None.
+        taps: Taps of the TIM behind it, (C, 1, K), or None.
+        partial: Shares of the pooled vectors, (splits, N, C), if they are known; their sum is taken.
+        prefix: Columns at the beginning of W that are not pooled.
 
     Returns:
-        In acc: pooled vectors (N, C), values z (N, C1), clamped keys k (N, C2), gates (N, C).
+        In acc: pooled vectors (N, C), values z (N, C1), clamped keys k (N, C2), gates (N, C), and the scales of
+        :func:`scales_of`, or None: this form makes them where they are wanted.
     """
     acc = acc_dtype(x)
-    pooled = x.mean((2, 3), dtype=acc)
+    pooled = _pool(x[..., prefix:]) if partial is None else partial.sum(0, dtype=acc)
     z = torch.mm(pooled, w1.to(acc).t())
     k = torch.mm(pooled, w2.to(acc).t())
     bound = key_bound(k.shape[1])
@@ -37,16 +50,38 @@ def gates(
     gate = torch.mm(fused, w3.to(acc).t())
     if b3 is not None:
         gate.add_(b3)
-    return pooled, z, k, gate.sigmoid_()
+    return pooled, z, k, gate.sigmoid_(), None
+
+
+def _pool(x: Tensor) -> Tensor:
+    """Mean of each frame's channels over the pixels, (N, C) in acc."""
+    if (
+            x.device.type == 'cpu' and x.dtype == torch.float32 and 0 < x.shape[2] * x.shape[3] <= _POOLED_BY_PRODUCT
+            and x.numel() and is_channels_last(x) and is_exact()):
+        pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+        return torch.bmm(x.new_ones(x.shape[0], 1, pixels.shape[1]), pixels)[:, 0].div_(pixels.shape[1])
+    return x.mean((2, 3), dtype=acc_dtype(x))
+
+
+def scales_of(gate: Optional[Tensor], taps: Optional[Tensor]) -> Tensor:
+    """What tap k multiplies frame n by, gates (N, C) times taps (C, 1, K), either of which may be None: (K, N or 1, C).
+    """
+    if taps is None:
+        assert gate is not None
+        return gate[None]
+    taps = taps.permute(2, 1, 0)
+    return taps if gate is None else taps.to(gate.dtype) * gate
 
 
 def mix(
         x: Tensor, num_frames: int, gate: Optional[Tensor], taps: Optional[Tensor],
-        offset: Optional[Tensor] = None, transpose: bool = False,
+        offset: Optional[Tensor] = None, transpose: bool = False, scales: Optional[Tensor] = None,
+        prefix: int = 0,
 ) -> Tensor:
-    """TIM of the gated clip, in one pass over the frames, or the transpose of that map.
+    """TIM of the gated clip, or the transpose of that map.
 
-    The gates are multiplied into the taps, (K, N, C) of them, so that the gated clip is never written.
+    A CPU has a fast convolution for the taps of channels_last frames. Otherwise, and where the gated clip would be
+    large, the gates are multiplied into the taps, (K, N, C) of them, and one pass over the frames does both.
 
     Args:
         x: Frames, (N, C, H, W).
@@ -55,17 +90,24 @@ def mix(
         taps: Taps, (C, 1, K), or None.
         offset: What is added, (N, C) in acc.
         transpose: Gate after mixing, and mix with the taps reversed.
+        scales: What :func:`scales_of` makes of gates and taps, if somebody has.
+        prefix: Columns at the beginning of W that the offset is not added to.
 
     Returns:
         Frames like x.
     """
+    if prefix and offset is not None:
+        y = mix(x, num_frames, gate, taps, None, transpose, scales)
+        y[..., prefix:].add_(offset[:, :, None, None])
+        return y
+    if (
+            taps is not None and x.device.type == 'cpu' and x.numel() and is_channels_last(x) and has_onednn(x.dtype)
+            and (gate is None or transpose or x.nbytes <= GATED)):
+        return _convolved(x, num_frames, gate, taps, offset, transpose)
     acc = acc_dtype(x)
     y = torch.empty_like(x)
-    scales = x.new_ones(1, 1, 1, dtype=acc) if taps is None else taps.to(acc).permute(2, 1, 0).contiguous()
-    if transpose:
-        scales = scales.flip(0)
-    if gate is not None:
-        scales = scales * gate
+    scales = (scales_of(gate, taps) if scales is None else scales).to(acc)
+    scales = scales.flip(0) if transpose else scales.contiguous()
     frames = x.flatten(2)
     scales = scales.unsqueeze(3).expand(-1, *frames.shape)
     others = [] if offset is None else [offset.unsqueeze(2)]
@@ -81,6 +123,23 @@ def mix(
         if total is not yb:
             yb.copy_(total)
     return y
+
+
+def _convolved(
+        x: Tensor, num_frames: int, gate: Optional[Tensor], taps: Tensor, offset: Optional[Tensor], transpose: bool,
+) -> Tensor:
+    """:func:`mix` by a depthwise convolution over the frames and pixels (T, H*W) of a clip."""
+    gate, offset = (None if v is None else v.to(x.dtype)[:, :, None, None] for v in (gate, offset))
+    u = x if gate is None or transpose else x * gate
+    clips = u.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, (-1, num_frames)).permute(0, 3, 1, 2)
+    weight = taps.to(x.dtype).unsqueeze(3)
+    y = F.conv2d(
+        clips, weight.flip(2) if transpose else weight, padding=(taps.shape[2] // 2, 0), groups=taps.shape[0])
+    y = y.contiguous(memory_format=torch.channels_last)
+    y.as_strided_(x.shape, x.stride())  # in place: an output must be no view
+    if gate is not None and transpose:
+        y.mul_(gate)
+    return y if offset is None else y.add_(offset)
 
 
 def _spans(num_taps: int, num_frames: int) -> Iterator[Tuple[int, slice, slice]]:

@@ -3,40 +3,22 @@
 Nothing here is recorded by autograd. Frames x are (N, C, H, W), N = B * T, contiguous or channels_last, and results of
 their shape have their strides. ``acc`` stands for x's dtype, at least float32.
 """
-from typing import Optional, Sequence, Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from .blocks import acc_dtype, blocks
-from .layout import dense, is_channels_last
+from .blocks import acc_dtype, block_length, blocks
+from .layout import is_channels_last
+from .products import affine, is_exact, matrices, product_dtype
 
-__all__ = ['motion_conv', 'motion_conv_backward', 'product', 'similarity']
+__all__ = ['motion_conv_backward', 'product', 'similarity']
 
-# Pixels that one matrix product takes: enough to hide that the weight is packed anew each time.
-_ROWS = 1536
 # The energy of features that are not huge, see similarity().
 _FINITE = 1e38
-
-
-def motion_conv(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], residual: bool = False,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """The 1x1 convolution of x (1 - s) in equation (8).
-
-    Args:
-        x: Frames, (N, C, H, W).
-        num_frames: Frames T of a clip.
-        weight: Weight, (C, C, 1, 1).
-        bias: Bias, (C,), or None.
-        residual: Add x.
-
-    Returns:
-        Convolved frames like x, and similarities and inverse norms, see :func:`similarity`.
-    """
-    x = dense(x)
-    s, inverse_norm = similarity(x, num_frames)
-    return product(x, s, weight.flatten(1), bias, residual), s, inverse_norm
+# Frames whose pixels one batched product compares with each other. It needs only neighbours, and all pairs of so few
+# cost less than another pass over the frames.
+_WINDOW = 9
 
 
 def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
@@ -44,6 +26,43 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
 
     As :func:`.reference.similarity`: the features of a zero pixel have inverse norm 1.
     """
+    if num_frames > 1 and x.numel() and x.device.type == 'cpu' and is_channels_last(x) and is_exact():
+        maps = _similarity_by_products(x, num_frames)
+        if maps is not None:
+            return maps
+    return _similarity_by_blocks(x, num_frames)
+
+
+def _similarity_by_products(x: Tensor, num_frames: int) -> Optional[Tuple[Tensor, Tensor]]:
+    """One matrix product for each pixel of a clip reads the frames once. None if features are huge, or not finite.
+
+    Its matrices are (T, C), and views of channels_last frames.
+    """
+    acc, (n, channels, height, width) = acc_dtype(x), x.shape
+    size, clips = height * width, n // num_frames
+    pixels = x.permute(0, 2, 3, 1).view(clips, num_frames, size, channels)
+    energy = x.new_empty(clips, num_frames, size, dtype=acc)
+    s = torch.empty_like(energy)
+    for start in range(0, num_frames - 1, _WINDOW - 1):
+        window = slice(start, start + _WINDOW)
+        xs = pixels[:, window].transpose(1, 2)
+        products = x.new_empty(clips, size, xs.shape[2], xs.shape[2], dtype=acc)
+        step = size if x.dtype == acc else block_length(xs.shape[2] * channels)  # what is converted at once
+        for xc, pc in zip(xs, products):
+            for xb, pb in zip(xc.split(step), pc.split(step)):
+                xb = xb.to(acc)
+                torch.bmm(xb, xb.transpose(1, 2), out=pb)
+        energy[:, window] = products.diagonal(0, 2, 3).transpose(1, 2)
+        s[:, window][:, :-1] = products.diagonal(1, 2, 3).transpose(1, 2)
+    if not energy.amax() < _FINITE:
+        return None
+    inverse_norm = torch.where(energy > 1e-24, energy, 1.).rsqrt_()
+    s[:, :-1].mul_(inverse_norm[:, :-1]).mul_(inverse_norm[:, 1:])
+    s[:, -1] = s[:, -2]
+    return s.view(n, height, width), inverse_norm.view(n, height, width)
+
+
+def _similarity_by_blocks(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     acc, (n, _, height, width) = acc_dtype(x), x.shape
     s, inverse_norm = (x.new_ones(n, 1, height * width, dtype=acc) for _ in range(2))
     if num_frames > 1:
@@ -64,76 +83,49 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     return s.view(n, height, width), inverse_norm.view(n, height, width)
 
 
-def _matrices(x: Tensor, channels_last: bool) -> Sequence[Tensor]:
-    """Frames as matrices (C, pixels) that share x's memory: one per frame, or one per thousand and a half pixels."""
-    if channels_last:
-        pixels = x.permute(0, 2, 3, 1).flatten(0, 2).t()
-        return pixels.split(_ROWS, 1) if x.device.type == 'cpu' else [pixels]
-    return x.flatten(2).unbind(0)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that matrices are multiplied in.
-
-    Where the CPU has no instructions for a half precision, PyTorch's own products take ten times as long in it as
-    those in float32.
-    """
-    if x.device.type == 'cpu' and x.dtype in (torch.bfloat16, torch.float16):
-        onednn = torch.ops.mkldnn
-        if not torch.backends.mkldnn.is_available() or not (
-                onednn._is_mkldnn_bf16_supported() if x.dtype == torch.bfloat16 else
-                onednn._is_mkldnn_fp16_supported()):
-            return torch.float32
-    return x.dtype
-
-
 def product(x: Tensor, s: Tensor, weight: Tensor, bias: Optional[Tensor], residual: bool = False) -> Tensor:
-    """The convolution of equation (8), weight (C, C), plus bias, plus x if it is the ``residual``.
+    """The convolution of equation (8), weight (C, C), plus bias, plus x if it is the ``residual``; like x.
 
     x (1 - s) and the sum that the product is added to are only ever made for the pixels of one matrix product.
     """
-    dtype, channels_last, y = _product_dtype(x), is_channels_last(x), torch.empty_like(x)
-    weight = weight.to(dtype)
-    start = x.new_zeros(1, 1) if bias is None else bias.unsqueeze(1)
-    views = (_matrices(v, channels_last) for v in (x, y, (1 - s).to(dtype).unsqueeze(1)))
-    for xb, yb, scale in zip(*views):
-        total = yb if yb.dtype == dtype else torch.empty_like(yb, dtype=dtype)
-        if residual:
-            torch.add(xb, start, out=total)
-        else:
-            total.copy_(start)
-        total.addmm_(weight, (xb * scale).to(dtype))
-        if total is not yb:
-            yb.copy_(total)
+    dtype, y = product_dtype(x), torch.empty_like(x)
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    for xb, yb, scale in matrices(x, y, (1 - s).to(dtype).unsqueeze(1)):
+        out = yb if yb.dtype == dtype else torch.empty_like(yb, dtype=dtype)
+        affine(out, weight, (xb * scale).to(dtype), bias, xb if residual else None)
+        if out is not yb:
+            yb.copy_(out)
     return y
 
 
 def motion_conv_backward(
         gy: Tensor, x: Tensor, num_frames: int, weight: Tensor, s: Tensor, inverse_norm: Tensor, learns: bool = True,
 ) -> Tuple[Tensor, Tensor]:
-    """Derivative of :func:`motion_conv` without its residual. The gradient of the bias is the sum of gy, and not here.
+    """Derivative of the convolution of x (1 - s). The gradient of the bias is the sum of gy, and not here.
 
     Args:
-        gy: Gradient of the convolved frames, with x's dtype and strides. The other arguments are those that
-            :func:`motion_conv` took and what it returned.
+        gy: Gradient of the convolved frames, with x's dtype and strides.
+        x: Frames, (N, C, H, W).
+        num_frames: Frames T of a clip.
+        weight: Weight, (C, C, 1, 1).
+        s, inverse_norm: What :func:`similarity` returned for x.
         learns: Whether the gradient of the weight is wanted.
 
     Returns:
         Gradients of x, like x, and of the weight, in its dtype, or empty.
     """
-    acc, dtype, channels_last = acc_dtype(x), _product_dtype(x), is_channels_last(x)
+    acc, dtype = acc_dtype(x), product_dtype(x)
     n, channels, height, width = x.shape
     gx, g_weight = torch.empty_like(x), x.new_zeros(channels, channels, dtype=acc)
     matrix = weight.flatten(1).t().to(dtype)
-    views = (_matrices(v, channels_last) for v in (x, gy, gx, (1 - s).to(dtype).unsqueeze(1)))
-    for xb, gb, qb, scale in zip(*views):
+    for xb, gb, qb, scale in matrices(x, gy, gx, (1 - s).to(dtype).unsqueeze(1)):
         gb = gb.to(dtype)
         if learns and dtype == acc:
             g_weight.addmm_(gb, (xb * scale).t())
         elif learns:
             g_weight.add_(torch.mm(gb, (xb * scale).t().to(dtype)))
         if dtype == x.dtype:
-            torch.mm(matrix, gb, out=qb)
+            affine(qb, matrix, gb, None, None)
         else:
             qb.copy_(torch.mm(matrix, gb))
 

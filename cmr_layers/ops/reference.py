@@ -25,7 +25,9 @@ def clips(x: Tensor, num_frames: int) -> Tensor:
     return y
 
 
-def cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None) -> Tensor:
+def cme_gate(
+        x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None, prefix: int = 0,
+) -> Tensor:
     """Channel gates of CME, equations (2)-(6).
 
     The frames are pooled first, so everything after the mean costs what a vector costs. It runs in float32 (in
@@ -38,6 +40,7 @@ def cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor]
         w2: Weight of the keys, (C/r2, C).
         w3: Weight that restores the channels, (C, C/r1).
         b3: Bias of the gate's logits, (C,). The paper has none.
+        prefix: Columns at the beginning of W that are no places of the image, and are not pooled.
 
     Returns:
         Gates a in (0, 1), (B, T, C), float32 or float64.
@@ -46,12 +49,16 @@ def cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor]
         # meta tensors have no autocast to ask for
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return _cme_gate(x, w1, w2, w3, b3)
-    return _cme_gate(x, w1, w2, w3, b3)
+                return _cme_gate(x, w1, w2, w3, b3, prefix)
+    return _cme_gate(x, w1, w2, w3, b3, prefix)
 
 
-def _cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None) -> Tensor:
+def _cme_gate(
+        x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None, prefix: int = 0,
+) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
+    if prefix > 0:
+        x = x[..., prefix:]
     x = x.mean((3, 4), dtype=dtype)                                         # global average pooling: (B, T, C)
     z = F.linear(x, w1.to(dtype))                                           # (2)
     k = F.linear(x, w2.to(dtype))                                           # (3)
@@ -62,12 +69,14 @@ def _cme_gate(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor
     return F.linear(z, w3.to(dtype), None if b3 is None else b3.to(dtype)).sigmoid()    # (6)
 
 
-def cme(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None) -> Tensor:
+def cme(
+        x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor] = None, prefix: int = 0,
+) -> Tensor:
     """Channel-wise motion enhancement, equation (1): each frame's channels times its gates.
 
     Args and shapes as :func:`cme_gate`; returns a clip of x's shape and dtype.
     """
-    a = cme_gate(x, w1, w2, w3, b3).to(x.dtype)
+    a = cme_gate(x, w1, w2, w3, b3, prefix).to(x.dtype)
     return x * a[:, :, :, None, None]
 
 

@@ -22,12 +22,15 @@ from .layout import is_channels_last
 Launches = Dict[str, Tuple[Dict[str, Any], ...]]
 _LAUNCH: Launches = {
     'pool': (dict(BLOCK_P=256, BLOCK_C=8, num_warps=4), dict(BLOCK_P=64, BLOCK_C=64, num_warps=4)),
-    'mix': (dict(FRAMES=8, BLOCK=1024, num_warps=4),) * 2,
+    'mix': (
+        dict(FRAMES=8, PIXELS=256, BLOCK_P=64, BLOCK_C=4, num_warps=4),
+        dict(FRAMES=8, PIXELS=16, BLOCK_P=4, BLOCK_C=64, num_warps=8)),
     'correlate': (
-        dict(FRAMES=8, BLOCK_P=128, BLOCK_C=16, num_warps=4), dict(FRAMES=8, BLOCK_P=64, BLOCK_C=64, num_warps=8)),
-    'project': (dict(BLOCK_N=16, BLOCK_O=16, BLOCK_K=64, num_warps=4, num_stages=3),) * 2,
-    'project, wide': (dict(BLOCK_N=16, BLOCK_O=16, BLOCK_K=128, num_warps=8, num_stages=3),) * 2,
-    'gate': (dict(BLOCK_C=64, BLOCK_K=32, num_warps=4),) * 2,
+        dict(FRAMES=8, PIXELS=512, BLOCK_P=64, BLOCK_C=4, num_warps=8),
+        dict(FRAMES=8, PIXELS=64, BLOCK_P=4, BLOCK_C=64, num_warps=8)),
+    'project': (dict(BLOCK_N=8, BLOCK_O=4, BLOCK_K=256, num_warps=4),) * 2,
+    'project, wide': (dict(BLOCK_N=8, BLOCK_O=4, BLOCK_K=512, num_warps=8),) * 2,
+    'gate': (dict(BLOCK_K=32, num_warps=4),) * 2,
 }
 # The projections hold a tile of each split at once.
 MAX_SPLITS = 8
@@ -52,37 +55,13 @@ def _pool_kernel(
     split = tl.program_id(1)
     n = (pid // blocks).to(tl.int64)
     c = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_C], tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     end = tl.minimum(P, (split + 1) * split_size)
-    for start in range(split * split_size, end, BLOCK_P):
+    for start in tl.range(split * split_size, end, BLOCK_P, num_stages=3):
         p = start + tl.arange(0, BLOCK_P)
         at = n * stride_n + p[:, None] * stride_p + c[None, :] * stride_c
-        total += tl.sum(tl.load(x + at, mask=(p < end)[:, None] & (c < C)[None, :], other=0.).to(tl.float32), 0)
-    tl.store(partial + (split * N + n) * C + c, total / P, mask=c < C)
-
-
-@triton.jit
-def _project(
-        partial, w, pooled, out, n, block, N, C, WIDTH, bound,
-        CLAMP: tl.constexpr, SPLITS: tl.constexpr,
-        BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
-):
-    """A block of the columns of pooled W^T."""
-    o = block * BLOCK_O + tl.arange(0, BLOCK_O)
-    acc = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    for start in range(0, C, BLOCK_K):
-        c = start + tl.arange(0, BLOCK_K)
-        inside = (n < N)[:, None] & (c < C)[None, :]
-        m = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for split in tl.static_range(SPLITS):
-            m += tl.load(partial + (split * N + n)[:, None] * C + c[None, :], mask=inside, other=0.)
-        if not CLAMP:
-            tl.store(pooled + n[:, None] * C + c[None, :], m, mask=inside & (block == 0))
-        cols = tl.load(w + o[None, :] * C + c[:, None], mask=(c < C)[:, None] & (o < WIDTH)[None, :], other=0.)
-        acc = tl.dot(m, cols.to(tl.float32), acc, input_precision='ieee')
-    if CLAMP:
-        acc = tl.minimum(tl.maximum(acc, -bound), bound)
-    tl.store(out + n[:, None] * WIDTH + o[None, :], acc, mask=(n < N)[:, None] & (o < WIDTH)[None, :])
+        total += tl.load(x + at, mask=(p < end)[:, None] & (c < C)[None, :], other=0.).to(tl.float32)
+    tl.store(partial + (split * N + n) * C + c, tl.sum(total, 0) / P, mask=c < C)
 
 
 @triton.jit
@@ -96,115 +75,132 @@ def _project_kernel(
         BLOCK_O: tl.constexpr,
         BLOCK_K: tl.constexpr,
 ):
-    """Equations (2) and (3) in one launch: the first programs take W1, the others W2."""
+    """Equations (2) and (3) in one launch: the first programs take rows of W1, the others of W2.
+
+    Products are added up in registers. What tl.dot makes of float32 reads its operands from shared memory again and
+    again, and there are too few of them to fill a tensor core.
+    """
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.program_id(1)
-    values = tl.cdiv(C1, BLOCK_O)
+    block, values = tl.program_id(1), tl.cdiv(C1, BLOCK_O)
     if block < values:
-        _project(partial, w1, pooled, z, n, block, N, C, C1, bound, False, SPLITS, BLOCK_N, BLOCK_O, BLOCK_K)
+        w, out, width, limit, o = w1, z, C1, float('inf'), block * BLOCK_O
     else:
-        _project(partial, w2, pooled, k, n, block - values, N, C, C2, bound, True, SPLITS, BLOCK_N, BLOCK_O, BLOCK_K)
+        w, out, width, limit, o = w2, k, C2, bound, (block - values) * BLOCK_O
+    o += tl.arange(0, BLOCK_O)
+    products = tl.zeros([BLOCK_N, BLOCK_O, BLOCK_K], tl.float32)
+    for start in range(0, C, BLOCK_K):
+        c = start + tl.arange(0, BLOCK_K)
+        rows = tl.load(w + o[:, None] * C + c[None, :], mask=(o < width)[:, None] & (c < C)[None, :], other=0.)
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        m = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for split in tl.static_range(SPLITS):
+            m += tl.load(partial + (split * N + n)[:, None] * C + c[None, :], mask=inside, other=0.)
+        tl.store(pooled + n[:, None] * C + c[None, :], m, mask=inside & (block == 0))
+        products += m[:, None, :] * rows.to(tl.float32)[None, :, :]
+    # A NaN stays one: a network that diverged must show it.
+    v = tl.maximum(tl.sum(products, 2), -limit, propagate_nan=tl.PropagateNan.ALL)
+    v = tl.minimum(v, limit, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + n[:, None] * width + o[None, :], v, mask=(n < N)[:, None] & (o < width)[None, :])
 
 
 @triton.jit
 def _gate_kernel(
-        z, k, w3, b3, gate,     # (N, C1), (N, C2), (C, C1), (C,), (N, C)
-        T, C, C1, C2,
+        z, k, w3, b3, taps,     # (N, C1), (N, C2), (C, C1), (C,), (C, TAPS)
+        gate, scales,           # (N, C), (TAPS, N, C)
+        N, T, C, C1, C2,
         HAS_BIAS: tl.constexpr,
+        TAPS: tl.constexpr,     # 0: no TIM
         BLOCK_T: tl.constexpr,  # all frames of a clip
         BLOCK_C: tl.constexpr,
-        BLOCK_K: tl.constexpr,
+        BLOCK_J: tl.constexpr,  # of C2
+        BLOCK_K: tl.constexpr,  # of C1
 ):
     """Equations (4) to (6) for one clip and a block of channels; each block attends anew, which is cheap.
 
-    W3 comes before the fusion, W3 (z + d z) = v + d v with v = W3 z, so that nothing but v is kept.
+    W3 comes before the fusion, W3 (z + d z) = v + d v with v = W3 z, so that nothing but v is kept. The gates leave
+    multiplied with the taps, too, so that the pass over the frames reads one factor per tap.
     """
     first = tl.program_id(0).to(tl.int64) * T
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     t = tl.arange(0, BLOCK_T)
-    d = tl.zeros([BLOCK_T, BLOCK_T], tl.float32)
-    for start in range(0, C2, BLOCK_K):
-        r = start + tl.arange(0, BLOCK_K)
-        rows = tl.load(k + (first + t)[:, None] * C2 + r[None, :], mask=(t < T)[:, None] & (r < C2)[None, :], other=0.)
-        cols = tl.load(k + (first + t)[None, :] * C2 + r[:, None], mask=(t < T)[None, :] & (r < C2)[:, None], other=0.)
-        d -= tl.dot(rows, cols, input_precision='ieee')                             # (4)
-    d = tl.where((t < T)[None, :], d, -float('inf'))
+    dots = tl.zeros([BLOCK_T, BLOCK_T, BLOCK_J], tl.float32)
+    for start in range(0, C2, BLOCK_J):
+        r = start + tl.arange(0, BLOCK_J)
+        keys = tl.load(k + (first + t)[:, None] * C2 + r[None, :], mask=(t < T)[:, None] & (r < C2)[None, :], other=0.)
+        dots += keys[:, None, :] * keys[None, :, :]
+    d = tl.where((t < T)[None, :], -tl.sum(dots, 2), -float('inf'))                 # (4)
     d = tl.exp(d - tl.max(d, 1)[:, None])
     d = d / tl.sum(d, 1)[:, None]
-    v = tl.zeros([BLOCK_T, BLOCK_C], tl.float32)
+    products = tl.zeros([BLOCK_T, BLOCK_C, BLOCK_K], tl.float32)
     for start in range(0, C1, BLOCK_K):
         r = start + tl.arange(0, BLOCK_K)
         rows = tl.load(z + (first + t)[:, None] * C1 + r[None, :], mask=(t < T)[:, None] & (r < C1)[None, :], other=0.)
-        w = tl.load(w3 + c[None, :] * C1 + r[:, None], mask=(c < C)[None, :] & (r < C1)[:, None], other=0.)
-        v += tl.dot(rows, w.to(tl.float32), input_precision='ieee')
-    v += tl.dot(d, v, input_precision='ieee')                                       # (5)
+        w = tl.load(w3 + c[:, None] * C1 + r[None, :], mask=(c < C)[:, None] & (r < C1)[None, :], other=0.)
+        products += rows[:, None, :] * w.to(tl.float32)[None, :, :]
+    v = tl.sum(products, 2)
+    v += tl.sum(d[:, :, None] * v[None, :, :], 1)                                   # (5)
     if HAS_BIAS:
         v += tl.load(b3 + c, mask=c < C, other=0.).to(tl.float32)[None, :]
     a = 1 / (1 + tl.exp(-v))                                                        # (6)
-    tl.store(gate + (first + t)[:, None] * C + c[None, :], a, mask=(t < T)[:, None] & (c < C)[None, :])
-
-
-@triton.jit
-def _gated(x, gate, first, t, T, i, c, C, P, inside, GATED: tl.constexpr):
-    """Frame t of the clip that begins at row first, times its gates where they come first; zero beyond the clip."""
-    inside = inside & (t >= 0) & (t < T)
-    u = tl.load(x + (first + t) * C * P + i, mask=inside, other=0.).to(tl.float32)
-    if GATED:
-        u *= tl.load(gate + (first + t) * C + c, mask=inside, other=0.)
-    return u
+    at = (first + t)[:, None] * C + c[None, :]
+    inside = (t < T)[:, None] & (c < C)[None, :]
+    tl.store(gate + at, a, mask=inside)
+    for tap in tl.static_range(TAPS):
+        w = tl.load(taps + c * TAPS + tap, mask=c < C, other=0.).to(tl.float32)
+        tl.store(scales + tap * N * C + at, w[None, :] * a, mask=inside)
 
 
 @triton.jit
 def _mix_kernel(
-        x, gate, taps, offset, y,       # (N, C, P) in either order, (N, C), (C, K), (N, C), as x
+        x, scales, offset, y,               # (N, C, P) in any order, (TAPS, N or 1, C) in any, (N, C), as x
         T, C, P,
-        TAPS: tl.constexpr,             # 0: no TIM, 1 or 3
-        GATE: tl.constexpr,             # 'none', 'before' or 'after' the taps
-        REVERSED: tl.constexpr,         # the taps read backwards in time
+        stride_n, stride_c, stride_p,
+        scales_k, scales_n, scales_c,       # strides of the scales
+        TAPS: tl.constexpr,                 # 1 or 3
+        TRANSPOSED: tl.constexpr,
         HAS_OFFSET: tl.constexpr,
-        CHANNELS_LAST: tl.constexpr,
-        FRAMES: tl.constexpr,           # frames of a program
-        BLOCK: tl.constexpr,            # elements of a frame of a program
+        PREFIX: tl.constexpr,               # pixels that come first, and get no offset
+        FRAMES: tl.constexpr,               # of a program
+        PIXELS: tl.constexpr,               # of a program
+        BLOCK_P: tl.constexpr,
+        BLOCK_C: tl.constexpr,
 ):
-    """One pass over the frames: y_t = sum_k w_k a_{t+k-1} x_{t+k-1}, equation (1) and TIM.
+    """One pass over the frames: y_t = sum_k scale_{k,t+k-1} x_{t+k-1}, equation (1) and TIM.
 
-    Its own transpose has the gate after the taps, the taps reversed, and an offset, the gradient through the pooling.
-    A program walks over the frames and holds three of them, so each is read once.
+    Its transpose has the scales of the frame that is written, the taps reversed, and an offset, the gradient through
+    the pooling. Scales are twice as long as half-precision frames, so a program loads its own once, for many pixels.
+    A frame is loaded once for each tap; the first-level cache serves two of the three.
     """
-    blocks = tl.cdiv(C * P, BLOCK)
-    chunks = tl.cdiv(T, FRAMES)
+    blocks_c, blocks_p = tl.cdiv(C, BLOCK_C), tl.cdiv(P, PIXELS)
     pid = tl.program_id(0)
-    i = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
-    pid = pid // blocks
-    start = (pid % chunks) * FRAMES
+    c = ((pid % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C))[None, None, :]
+    pid = pid // blocks_c
+    pixel = (pid % blocks_p) * PIXELS
+    pid = pid // blocks_p
+    chunks = tl.cdiv(T, FRAMES)
+    t = ((pid % chunks) * FRAMES + tl.arange(0, FRAMES))[:, None, None]
     first = (pid // chunks).to(tl.int64) * T
-    inside = i < C * P
-    c = i % C if CHANNELS_LAST else i // P
+    frame = (t < T) & (c < C)
+    middle: tl.constexpr = TAPS // 2
+    scale = scales + c * scales_c + (first + t) * scales_n
+    before, after = frame & (t > 0), frame & (t + 1 < T)
+    other = 0 if TRANSPOSED else scales_n
+    same = tl.load(scale + middle * scales_k, mask=frame, other=0.).to(tl.float32)
     if TAPS == 3:
-        w0 = tl.load(taps + c * 3 + (2 if REVERSED else 0), mask=inside, other=0.).to(tl.float32)
-        w1 = tl.load(taps + c * 3 + 1, mask=inside, other=0.).to(tl.float32)
-        w2 = tl.load(taps + c * 3 + (0 if REVERSED else 2), mask=inside, other=0.).to(tl.float32)
-        previous = _gated(x, gate, first, start - 1, T, i, c, C, P, inside, GATE == 'before')
-        following = _gated(x, gate, first, start, T, i, c, C, P, inside, GATE == 'before')
-    if TAPS == 1:
-        w1 = tl.load(taps + c, mask=inside, other=0.).to(tl.float32)
-    for f in tl.static_range(FRAMES):
-        t = start + f
+        previous = tl.load(scale + (2 if TRANSPOSED else 0) * scales_k - other, mask=before, other=0.).to(tl.float32)
+        following = tl.load(scale + (0 if TRANSPOSED else 2) * scales_k + other, mask=after, other=0.).to(tl.float32)
+    if HAS_OFFSET:
+        shift = tl.load(offset + (first + t) * C + c, mask=frame, other=0.)
+    for start in range(0, PIXELS, BLOCK_P):
+        p = (pixel + start + tl.arange(0, BLOCK_P))[None, :, None]
+        at = (first + t) * stride_n + p * stride_p + c * stride_c
+        v = same * tl.load(x + at, mask=frame & (p < P), other=0.).to(tl.float32)
         if TAPS == 3:
-            current = following
-            following = _gated(x, gate, first, t + 1, T, i, c, C, P, inside, GATE == 'before')
-            v = w0 * previous + w1 * current + w2 * following
-            previous = current
-        else:
-            v = _gated(x, gate, first, t, T, i, c, C, P, inside, GATE == 'before')
-            if TAPS == 1:
-                v = w1 * v
-        stored = inside & (t < T)
-        if GATE == 'after':
-            v *= tl.load(gate + (first + t) * C + c, mask=stored, other=0.)
+            v += previous * tl.load(x + at - stride_n, mask=before & (p < P), other=0.).to(tl.float32)
+            v += following * tl.load(x + at + stride_n, mask=after & (p < P), other=0.).to(tl.float32)
         if HAS_OFFSET:
-            v += tl.load(offset + (first + t) * C + c, mask=stored, other=0.)
-        tl.store(y + (first + t) * C * P + i, v.to(y.dtype.element_ty), mask=stored)
+            v += shift if PREFIX == 0 else tl.where(p >= PREFIX, shift, 0.)
+        tl.store(y + at, v.to(y.dtype.element_ty), mask=frame & (p < P))
 
 
 @triton.jit
@@ -214,43 +210,41 @@ def _correlate_kernel(
         stride_n, stride_c, stride_p,
         TAPS: tl.constexpr,
         FRAMES: tl.constexpr,
+        PIXELS: tl.constexpr,           # of a program
         BLOCK_P: tl.constexpr,
         BLOCK_C: tl.constexpr,
 ):
     """What the gradients of gates and taps are made of: sums over the pixels of x_t g_{t+1}, x_t g_t and x_t g_{t-1}.
 
-    They are in the order of the taps: tap k of frame t - k + 1 met frame t.
+    They are in the order of the taps: tap k of frame t - k + 1 met frame t. Each is summed once, behind the loop.
     """
     blocks = tl.cdiv(C, BLOCK_C)
     chunks = tl.cdiv(T, FRAMES)
     pid = tl.program_id(0)
     c = (pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     pid = pid // blocks
-    start = (pid % chunks) * FRAMES
+    frame = (pid % chunks) * FRAMES + tl.arange(0, FRAMES)
+    t = frame[:, None, None]
     first = (pid // chunks).to(tl.int64) * T
     block = tl.program_id(1).to(tl.int64)
-    p = block * BLOCK_P + tl.arange(0, BLOCK_P)
-    at = p[:, None] * stride_p + c[None, :] * stride_c
-    inside = (p < P)[:, None] & (c < C)[None, :]
-    sums = partial + block * TAPS * N * C + c
-    if TAPS == 3:
-        previous = tl.load(g + (first + start - 1) * stride_n + at, mask=inside & (start > 0), other=0.).to(tl.float32)
-        following = tl.load(g + (first + start) * stride_n + at, mask=inside, other=0.).to(tl.float32)
-    for f in tl.static_range(FRAMES):
-        t = start + f
-        stored = (c < C) & (t < T)
-        u = tl.load(x + (first + t) * stride_n + at, mask=inside & (t < T), other=0.).to(tl.float32)
+    later = tl.zeros([FRAMES, BLOCK_P, BLOCK_C], tl.float32)
+    same = tl.zeros([FRAMES, BLOCK_P, BLOCK_C], tl.float32)
+    earlier = tl.zeros([FRAMES, BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(0, PIXELS, BLOCK_P):
+        p = (block * PIXELS + start + tl.arange(0, BLOCK_P))[None, :, None]
+        at = (first + t) * stride_n + p * stride_p + c[None, None, :] * stride_c
+        inside = (t < T) & (p < P) & (c < C)[None, None, :]
+        u = tl.load(x + at, mask=inside, other=0.).to(tl.float32)
+        same += u * tl.load(g + at, mask=inside, other=0.).to(tl.float32)
         if TAPS == 3:
-            current = following
-            following = tl.load(
-                g + (first + t + 1) * stride_n + at, mask=inside & (t + 1 < T), other=0.).to(tl.float32)
-            tl.store(sums + (first + t) * C, tl.sum(u * following, 0), mask=stored)
-            tl.store(sums + (N + first + t) * C, tl.sum(u * current, 0), mask=stored)
-            tl.store(sums + (2 * N + first + t) * C, tl.sum(u * previous, 0), mask=stored)
-            previous = current
-        else:
-            current = tl.load(g + (first + t) * stride_n + at, mask=inside & (t < T), other=0.).to(tl.float32)
-            tl.store(sums + (first + t) * C, tl.sum(u * current, 0), mask=stored)
+            later += u * tl.load(g + at + stride_n, mask=inside & (t + 1 < T), other=0.).to(tl.float32)
+            earlier += u * tl.load(g + at - stride_n, mask=inside & (t > 0), other=0.).to(tl.float32)
+    sums = partial + (block * TAPS * N + first + frame)[:, None] * C + c[None, :]
+    stored = (frame < T)[:, None] & (c < C)[None, :]
+    tl.store(sums + TAPS // 2 * N * C, tl.sum(same, 1), mask=stored)
+    if TAPS == 3:
+        tl.store(sums, tl.sum(later, 1), mask=stored)
+        tl.store(sums + 2 * N * C, tl.sum(earlier, 1), mask=stored)
 
 
 def launch(table: Launches, kernel: str, x: Tensor) -> Dict[str, Any]:
@@ -265,58 +259,73 @@ def strides(x: Tensor) -> Tuple[int, int, int]:
 
 
 def gates(
-        x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor],
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Equations (2) to (6) in three launches: pooled vectors (N, C), z (N, C1), k (N, C2) and gates (N, C)."""
+        x: Tensor, num_frames: int, w1: Tensor, w2: Tensor, w3: Tensor, b3: Optional[Tensor], taps: Optional[Tensor],
+        partial: Optional[Tensor] = None, prefix: int = 0,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:
+    """As :func:`.plain_cme_tim.gates`, in three launches, or in two where the pooled vectors are known."""
     if num_frames > MAX_FRAMES:
-        return plain.gates(x, num_frames, w1, w2, w3, b3)
-    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+        return plain.gates(x, num_frames, w1, w2, w3, b3, taps, partial, prefix)
+    n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * (x.shape[3] - prefix)
     c1, c2 = w1.shape[0], w2.shape[0]
-    meta = launch(_LAUNCH, 'pool', x)
-    splits = min(MAX_SPLITS, triton.cdiv(pixels, 512))
-    partial = x.new_empty(splits, n, channels, dtype=torch.float32)
-    grid: Any = (n * triton.cdiv(channels, meta['BLOCK_C']), splits)
-    _pool_kernel[grid](x, partial, n, channels, pixels, *strides(x), triton.cdiv(pixels, splits), **meta)
+    if w1.dtype != w2.dtype:  # under autocast; one pointer of the kernel points into either
+        w1, w2 = w1.float(), w2.float()
+    grid: Any
+    if partial is None:
+        meta = launch(_LAUNCH, 'pool', x)
+        splits = min(MAX_SPLITS, triton.cdiv(pixels, 512))
+        partial = x.new_empty(splits, n, channels, dtype=torch.float32)
+        grid = (n * triton.cdiv(channels, meta['BLOCK_C']), splits)
+        _pool_kernel[grid](
+            x[..., prefix:], partial, n, channels, pixels, *strides(x), triton.cdiv(pixels, splits), **meta)
 
     pooled, z, k, gate = (x.new_empty(n, width, dtype=torch.float32) for width in (channels, c1, c2, channels))
-    meta = launch(_LAUNCH, 'project' if channels <= 256 else 'project, wide', x)
+    # with many frames there are programs enough without the larger ones, which fill the registers
+    meta = launch(_LAUNCH, 'project, wide' if channels > 512 and n <= 16 else 'project', x)
+    meta['BLOCK_K'] = min(meta['BLOCK_K'], triton.next_power_of_2(channels))
     blocks = triton.cdiv(c1, meta['BLOCK_O']) + triton.cdiv(c2, meta['BLOCK_O'])
     _project_kernel[(triton.cdiv(n, meta['BLOCK_N']), blocks)](
         partial, w1.contiguous(), w2.contiguous(), pooled, z, k, n, channels, c1, c2, plain.key_bound(c2),
-        SPLITS=splits, **meta)
+        SPLITS=partial.shape[0], **meta)
 
     meta = launch(_LAUNCH, 'gate', x)
-    grid = (n // num_frames, triton.cdiv(channels, meta['BLOCK_C']))
-    _gate_kernel[grid](
-        z, k, w3.contiguous(), None if b3 is None else b3.contiguous(), gate, num_frames, channels, c1, c2,
-        HAS_BIAS=b3 is not None, BLOCK_T=max(16, triton.next_power_of_2(num_frames)), **meta)
-    return pooled, z, k, gate
+    # what the registers hold: BLOCK_T x BLOCK_C x BLOCK_K products, BLOCK_T x BLOCK_T x BLOCK_J
+    block_t = triton.next_power_of_2(num_frames)
+    block_c, block_j = max(1, 128 // block_t), min(meta['BLOCK_K'], 2 ** 12 // block_t ** 2)
+    number = 0 if taps is None else taps.shape[2]
+    scales = gate[None] if taps is None else x.new_empty(number, n, channels, dtype=torch.float32)
+    _gate_kernel[(n // num_frames, triton.cdiv(channels, block_c))](
+        z, k, w3.contiguous(), None if b3 is None else b3.contiguous(), None if taps is None else taps.contiguous(),
+        gate, scales, n, num_frames, channels, c1, c2,
+        HAS_BIAS=b3 is not None, TAPS=number, BLOCK_T=block_t, BLOCK_C=block_c, BLOCK_J=block_j, **meta)
+    return pooled, z, k, gate, scales
 
 
 def mix(
         x: Tensor, num_frames: int, gate: Optional[Tensor], taps: Optional[Tensor],
-        offset: Optional[Tensor] = None, transpose: bool = False,
+        offset: Optional[Tensor] = None, transpose: bool = False, scales: Optional[Tensor] = None,
+        prefix: int = 0,
 ) -> Tensor:
-    """The pass over the frames, or its transpose."""
+    """As :func:`.plain_cme_tim.mix`, for 1 or 3 taps."""
+    if scales is None:
+        scales = plain.scales_of(gate, taps)
     y = torch.empty_like(x)
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     meta = launch(_LAUNCH, 'mix', x)
-    frames = min(meta.pop('FRAMES'), num_frames)
-    grid = (x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(channels * pixels, meta['BLOCK']),)
-    _mix_kernel[grid](
-        x, *(None if v is None else v.contiguous() for v in (gate, taps, offset)), y, num_frames, channels, pixels,
-        TAPS=0 if taps is None else taps.shape[2],
-        GATE='none' if gate is None else 'after' if transpose else 'before',
-        REVERSED=transpose, HAS_OFFSET=offset is not None, CHANNELS_LAST=is_channels_last(x), FRAMES=frames, **meta)
+    frames = min(meta.pop('FRAMES'), triton.next_power_of_2(num_frames))
+    blocks = triton.cdiv(channels, meta['BLOCK_C']) * triton.cdiv(pixels, meta['PIXELS'])
+    _mix_kernel[(x.shape[0] // num_frames * triton.cdiv(num_frames, frames) * blocks,)](
+        x, scales, None if offset is None else offset.contiguous(), y, num_frames, channels, pixels, *strides(x),
+        *scales.expand(-1, x.shape[0], channels).stride(), TAPS=scales.shape[0], TRANSPOSED=transpose,
+        HAS_OFFSET=offset is not None, PREFIX=prefix if offset is not None else 0, FRAMES=frames, **meta)
     return y
 
 
 def correlate(x: Tensor, gy: Tensor, num_frames: int, num_taps: int) -> Tensor:
-    """As :func:`.plain_cme_tim.correlate`."""
+    """As :func:`.plain_cme_tim.correlate`, for 1 or 3 taps."""
     n, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
     meta = launch(_LAUNCH, 'correlate', x)
-    frames = min(meta.pop('FRAMES'), num_frames)
-    blocks = triton.cdiv(pixels, meta['BLOCK_P'])
+    frames = min(meta.pop('FRAMES'), triton.next_power_of_2(num_frames))
+    blocks = triton.cdiv(pixels, meta['PIXELS'])
     partial = x.new_empty(blocks, num_taps, n, channels, dtype=torch.float32)
     grid = (n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(channels, meta['BLOCK_C']), blocks)
     _correlate_kernel[grid](

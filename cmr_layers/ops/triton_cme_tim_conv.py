@@ -1,8 +1,8 @@
 """CME's gate, TIM and the 1x1 convolution behind them as one Triton kernel: the mixed frames never reach memory.
 
-A tile of the matrix product's left side is all T frames of some pixels, gated and mixed on the way in; the three reads
-of a frame then meet in the first-level cache. Wide convolutions would mix once for every block of output channels, so
-this is for narrow ones (:mod:`.cme_tim` says where), in channels_last.
+A tile of the matrix product's left side is all T frames of some pixels, gated and mixed on the way in. Each frame is
+read three times, from the second-level cache: the copies into shared memory go past the first. Wide convolutions would
+mix once for every block of output channels, so this is for one block (:mod:`.cme_tim` says where), in channels_last.
 """
 from typing import Any, Optional
 
@@ -16,8 +16,8 @@ __all__ = ['gated_conv']
 
 @triton.jit
 def _gated_conv_kernel(
-        x, gate, taps, weight, bias, y,     # (N, P, C), (N, C), (C, TAPS), (OUT, C), (OUT,), (N, P, OUT)
-        T, P, C, OUT,
+        x, scales, weight, bias, y,         # (N, P, C), (TAPS, N, C), (OUT, C), (OUT,), (N, P, OUT)
+        N, T, P, C, OUT,
         TAPS: tl.constexpr,                 # 1 or 3
         HAS_BIAS: tl.constexpr,
         DOT: tl.constexpr,                  # what the matrix unit multiplies
@@ -26,7 +26,7 @@ def _gated_conv_kernel(
         BLOCK_K: tl.constexpr,
         BLOCK_O: tl.constexpr,
 ):
-    """y_t = W (sum_k w_k a_{t+k-1} x_{t+k-1}) + b for some pixels of all frames of a clip."""
+    """y_t = W (sum_k scale_{k,t+k-1} x_{t+k-1}) + b for some pixels of all frames of a clip."""
     blocks_o, blocks_p = tl.cdiv(OUT, BLOCK_O), tl.cdiv(P, BLOCK_P)
     pid = tl.program_id(0)
     o = (pid % blocks_o) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -45,8 +45,7 @@ def _gated_conv_kernel(
             frame = (s >= 0) & (s < T) & (t < T)
             v = tl.load(
                 x + ((first + s) * P + p) * C + channel, mask=frame & (p < P) & (channel < C), other=0.).to(tl.float32)
-            w = tl.load(taps + channel * TAPS + tap, mask=channel < C, other=0.).to(tl.float32)
-            u += v * w * tl.load(gate + (first + s) * C + channel, mask=frame & (channel < C), other=0.)
+            u += v * tl.load(scales + (tap * N + first + s) * C + channel, mask=frame & (channel < C), other=0.)
         rows = tl.reshape(u, [BLOCK_T * BLOCK_P, BLOCK_K]).to(DOT)
         cols = tl.load(weight + o[None, :] * C + c[:, None], mask=(o < OUT)[None, :] & (c < C)[:, None], other=0.)
         acc += tl.dot(rows, cols.to(DOT), input_precision='ieee')
@@ -60,10 +59,9 @@ def _gated_conv_kernel(
 
 
 def gated_conv(
-        x: Tensor, num_frames: int, gate: Tensor, taps: Tensor, weight: Tensor, bias: Optional[Tensor],
-        dot: Any = None,
+        x: Tensor, num_frames: int, scales: Tensor, weight: Tensor, bias: Optional[Tensor], dot: Any = None,
 ) -> Tensor:
-    """conv1x1(tim(x * gate)) of channels_last frames (N, C, H, W), to channels_last (N, OUT, H, W).
+    """conv1x1(mix(x, scales)) of channels_last frames (N, C, H, W), to channels_last (N, OUT, H, W).
 
     ``dot`` is the dtype that the matrix unit multiplies, x's own by default.
     """
@@ -72,12 +70,12 @@ def gated_conv(
     y = torch.empty(
         n, out_channels, height, width, device=x.device, dtype=x.dtype, memory_format=torch.channels_last)
     block_t = triton.next_power_of_2(num_frames)
-    block_o = min(128, max(16, triton.next_power_of_2(out_channels)))
-    block_p = max(1, (64 if block_o == 128 else 128) // block_t)  # as much as the registers hold
+    block_o = min(64, max(16, triton.next_power_of_2(out_channels)))
+    block_p = max(1, 128 // block_t)  # as much as the registers hold
     grid = (n // num_frames * triton.cdiv(pixels, block_p) * triton.cdiv(out_channels, block_o),)
     _gated_conv_kernel[grid](
-        x, gate, taps.contiguous(), weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), y,
-        num_frames, pixels, channels, out_channels, TAPS=taps.shape[2], HAS_BIAS=bias is not None,
+        x, scales.contiguous(), weight.flatten(1).contiguous(), None if bias is None else bias.contiguous(), y,
+        n, num_frames, pixels, channels, out_channels, TAPS=scales.shape[0], HAS_BIAS=bias is not None,
         DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')), BLOCK_T=block_t, BLOCK_P=block_p, BLOCK_K=32,
-        BLOCK_O=block_o, num_warps=8, num_stages=2, enable_fp_fusion=True)
+        BLOCK_O=block_o, num_warps=8, num_stages=3, enable_fp_fusion=True)
     return y

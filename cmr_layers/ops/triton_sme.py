@@ -16,15 +16,21 @@ from . import plain_sme as plain
 from .layout import dense, is_channels_last, like
 from .triton_cme_tim import Launches, launch, strides
 
-__all__ = ['motion_conv', 'motion_conv_backward', 'product', 'similarity']
+__all__ = ['motion_conv_backward', 'product', 'similarity']
 
 # Launch configurations, for contiguous and for channels_last frames; see triton_cme_tim.py.
 _MOTION = dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32, GROUP=8, num_warps=4, num_stages=3)
 _LAUNCH: Launches = {
     'similarity': (dict(ROWS=256, BLOCK_C=8, num_warps=4), dict(ROWS=16, BLOCK_C=128, num_warps=4)),
+    # many channels come with few pixels: half of them a program, and half the trips
+    'similarity, wide': (dict(ROWS=128, BLOCK_C=16, num_warps=4), dict(ROWS=8, BLOCK_C=256, num_warps=4)),
     'motion': (
         dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=8, num_warps=8, num_stages=3),
         dict(BLOCK_M=128, BLOCK_N=128, BLOCK_K=64, GROUP=8, num_warps=8, num_stages=3)),
+    # the larger the tile, the less comes twice from the second-level cache, whose width is what decides
+    'motion, large': (
+        dict(BLOCK_M=64, BLOCK_N=128, BLOCK_K=32, GROUP=8, num_warps=8, num_stages=3),
+        dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=32, GROUP=8, num_warps=16, num_stages=4)),
     'motion, float32': (_MOTION, _MOTION),
     'product': (dict(BLOCK_P=128, BLOCK_C=16, num_warps=4), dict(BLOCK_P=16, BLOCK_C=128, num_warps=4)),
     'unmotion': (
@@ -36,10 +42,10 @@ _LAUNCH: Launches = {
 def _pair_sums(
         x, here, there, C, stride_c, inside, scale_here, scale_there, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
-    """Squares of two frames' pixels and their product, summed over the channels."""
-    squares_here = tl.zeros([ROWS], tl.float32)
-    squares_there = tl.zeros([ROWS], tl.float32)
-    product = tl.zeros([ROWS], tl.float32)
+    """Squares of two frames' pixels and their product, summed over the channels, once, behind the loop."""
+    squares_here = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    squares_there = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    product = tl.zeros([ROWS, BLOCK_C], tl.float32)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = inside[:, None] & (c < C)[None, :]
@@ -47,10 +53,10 @@ def _pair_sums(
         v = tl.load(x + there[:, None] + c[None, :] * stride_c, mask=mask, other=0.).to(tl.float32)
         u *= scale_here[:, None]
         v *= scale_there[:, None]
-        squares_here += tl.sum(u * u, 1)
-        squares_there += tl.sum(v * v, 1)
-        product += tl.sum(u * v, 1)
-    return squares_here, squares_there, product
+        squares_here += u * u
+        squares_there += v * v
+        product += u * v
+    return tl.sum(squares_here, 1), tl.sum(squares_there, 1), tl.sum(product, 1)
 
 
 @triton.jit
@@ -222,7 +228,7 @@ def similarity(x: Tensor, num_frames: int) -> Tuple[Tensor, Tensor]:
     """Similarities and inverse norms, (N, H, W) each, of clips of two frames or more."""
     n, channels, height, width = x.shape
     s, inverse_norm = (x.new_empty(n, height, width, dtype=torch.float32) for _ in range(2))
-    meta = launch(_LAUNCH, 'similarity', x)
+    meta = launch(_LAUNCH, 'similarity, wide' if channels > 512 else 'similarity', x)
     frames = min(triton.next_power_of_2(num_frames), 8)
     grid = (
         n // num_frames * triton.cdiv(num_frames, frames) * triton.cdiv(height * width, meta['ROWS'] // frames),)
@@ -249,22 +255,16 @@ def product(
     images, pixels = n, height * width
     if is_channels_last(x):  # channels_last is one long row of pixels: no ragged edge at each frame
         images, pixels = 1, n * pixels
-    meta = launch(_LAUNCH, 'motion, float32' if x.dtype is torch.float32 else 'motion', x)
+    enough = images * triton.cdiv(pixels, 128) * triton.cdiv(channels, 256) >= 96  # to fill most of a card
+    kind = 'motion, float32' if x.dtype is torch.float32 else 'motion, large' if enough else 'motion'
+    meta = launch(_LAUNCH, kind, x)
     grid = (images * triton.cdiv(pixels, meta['BLOCK_M']) * triton.cdiv(channels, meta['BLOCK_N']),)
     _motion_kernel[grid](
-        x, weight.contiguous(), s, None if bias is None else bias.contiguous(), y, pixels, channels, *strides(x),
-        HAS_BIAS=bias is not None, RESIDUAL=residual, DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
+        x, weight.to(x.dtype).contiguous(), s, None if bias is None else bias.contiguous(), y, pixels, channels,
+        *strides(x), HAS_BIAS=bias is not None, RESIDUAL=residual,
+        DOT=dot or getattr(tl, str(x.dtype).removeprefix('torch.')),
         PRECISION='tf32' if x.dtype is torch.float32 else 'ieee', **meta)
     return y
-
-
-def motion_conv(
-        x: Tensor, num_frames: int, weight: Tensor, bias: Optional[Tensor], residual: bool = False,
-) -> Tuple[Tensor, Tensor, Tensor]:
-    """As :func:`.plain_sme.motion_conv`, in two launches."""
-    x = dense(x)
-    s, inverse_norm = similarity(x, num_frames)
-    return product(x, s, weight.flatten(1), bias, residual), s, inverse_norm
 
 
 def motion_conv_backward(

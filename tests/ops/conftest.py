@@ -6,7 +6,7 @@ import torch
 from helpers import LAYOUTS
 from interpreter import DEVICE, interpreted
 
-from cmr_layers.ops import blocks, plain_sme, use_path
+from cmr_layers.ops import blocks, products, use_path
 
 FORMS = ('reference', 'plain', 'triton')
 
@@ -34,7 +34,7 @@ def layout(request):
 def small_blocks(monkeypatch):
     """The plain form cuts even tiny clips into several blocks and products, the last ones ragged."""
     monkeypatch.setattr(blocks, '_SIZE', 64)
-    monkeypatch.setattr(plain_sme, '_ROWS', 7)
+    monkeypatch.setattr(products, '_SIZE', 64)
 
 
 @pytest.fixture

@@ -57,8 +57,15 @@ def operator(name):
     return getattr(OPS, name.partition(',')[0]).default
 
 
+def rarely(form, slow, *values):
+    """A case of a form that is slow in the interpreter."""
+    return pytest.param(form, *values, marks=pytest.mark.slow if form == 'triton' and slow else ())
+
+
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('form, name', [
+    rarely(form, ',' not in name, name) for form in ('plain', 'triton') for name in NAMES],
+    indirect=['form'])
 def test_opcheck(form, name, layout):
     if form == 'triton' and (layout == 'contiguous' or name not in SOME):
         pytest.skip('what is registered is the same, and slow in the interpreter')
@@ -66,8 +73,9 @@ def test_opcheck(form, name, layout):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize('layout', [*LAYOUTS, 'other'])
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('form, name, layout', [
+    rarely(form, name not in SOME and layout != 'channels_last', name, layout)
+    for form in ('plain', 'triton') for name in NAMES for layout in (*LAYOUTS, 'other')], indirect=['form'])
 def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtype):
     # opcheck passes a wrong stride on contiguous inputs, and torch 2.11's on channels_last ones too
     if form == 'triton' and dtype == torch.float16 and layout == 'contiguous':
@@ -86,10 +94,12 @@ def test_fakes_have_the_exact_shapes_strides_and_dtypes(form, name, layout, dtyp
         assert real[0].is_contiguous(memory_format=cl) and not real[0].is_contiguous()
 
 
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('layout, learns, dtype', [
-    ('contiguous', True, torch.float32), ('channels_last', True, torch.float16),
-    ('channels_last', False, torch.float32)], ids=str)
+@pytest.mark.parametrize('form, name, layout, learns, dtype', [
+    rarely(form, layout == 'contiguous' if name not in SOME else not learns and ',' not in name,
+           name, layout, learns, dtype)
+    for form in ('plain', 'triton') for name in NAMES for layout, learns, dtype in (
+        ('contiguous', True, torch.float32), ('channels_last', True, torch.float16),
+        ('channels_last', False, torch.float32))], indirect=['form'], ids=str)
 def test_gradients_have_the_exact_shapes_strides_and_dtypes(form, name, layout, learns, dtype):
     # float16 beside weights in float32, as under autocast
     args = arguments(name, LAYOUTS[layout], dtype, weight_dtype=torch.float32)

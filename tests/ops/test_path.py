@@ -17,7 +17,7 @@ from helpers import small_block as block
 from torch import nn
 
 from cmr_layers import CME, SME, TIM, ops
-from cmr_layers.ops import explain, use_path
+from cmr_layers.ops import explain, plain_cme_tim, products, use_path
 from cmr_layers.ops import path as switch
 
 LAYERS = {'CME': CME, 'SME': SME, 'TIM': TIM}
@@ -388,3 +388,51 @@ def test_explaining_leaves_no_trace():
 
 def test_ops_exports_the_switch():
     assert ops.use_path is use_path and ops.explain is explain
+
+
+@pytest.mark.parametrize('channels', [8, 3])
+@pytest.mark.parametrize('has', [True, False])
+def test_tim_alone_is_left_to_pytorchs_convolution_where_there_is_a_fast_one(channels, has, monkeypatch):
+    monkeypatch.setattr(sys.modules['cmr_layers.ops.cme_tim'], 'has_onednn', lambda dtype: has)
+    reason = "PyTorch's depthwise convolution is faster"
+    x = torch.randn(4, 8, 3, 2)
+    wide = x.contiguous(memory_format=torch.channels_last)[:, :channels]    # a part of the channels, or all
+    layer, cme = TIM(channels, num_frames=4), CME(channels, num_frames=4, reduction=1)
+    want = [('reference', reason) if has else ('plain', 'x is on cpu'), ('plain', 'x is on cpu')]
+    for frames in (wide, x[:, :channels]):
+        assert paths(layer, frames)[0][2:] == want[0 if frames is wide else 1]
+        assert paths(cme, frames)[0][2:] == ('plain', 'x is on cpu')
+        y = layer(frames)
+        for path in ('plain', 'reference'):
+            with use_path(path):
+                assert paths(layer, frames)[0][2:] == (path, 'forced')
+                torch.testing.assert_close(layer(frames), y)
+
+
+def test_onednn_takes_what_the_processor_has_instructions_for():
+    onednn = torch.ops.mkldnn
+    assert not products.has_onednn(torch.float64)
+    assert products.has_onednn(torch.float32) == torch.backends.mkldnn.is_available()
+    for dtype, native in (
+            (torch.bfloat16, onednn._is_mkldnn_bf16_supported), (torch.float16, onednn._is_mkldnn_fp16_supported)):
+        assert products.has_onednn(dtype) == (torch.backends.mkldnn.is_available() and native())
+        wanted = dtype if products.has_onednn(dtype) else torch.float32
+        assert products.product_dtype(torch.empty(0, dtype=dtype)) == wanted
+
+
+def test_without_gradients_cme_and_tim_of_a_small_clip_are_left_to_it_too(monkeypatch):
+    monkeypatch.setattr(sys.modules['cmr_layers.ops.cme_tim'], 'has_onednn', lambda dtype: True)
+    weights, taps = CME(8, num_frames=4, reduction=1).weights(), torch.randn(8, 1, 3)
+    x = torch.randn(4, 8, 3, 2).contiguous(memory_format=torch.channels_last)
+
+    class Both(nn.Module):
+        def forward(self, x):
+            return ops.cme_tim(x, 4, weights, taps, owner=self)
+
+    def taken():
+        return paths(Both(), x)[0][1:]
+
+    assert taken() == ('CME + TIM', 'reference', "PyTorch's depthwise convolution is faster")  # no_grad
+    assert 'cme_tim' in type(ops.cme_tim(x.requires_grad_(), 4, weights, taps).grad_fn).__name__
+    monkeypatch.setattr(plain_cme_tim, 'GATED', 0)
+    assert taken() == ('CME + TIM', 'plain', 'x is on cpu')

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import assert_near, frames
 from interpreter import DEVICE, interpreted
 
-from cmr_layers.ops import plain_sme
+from cmr_layers.ops import plain_cme_tim, plain_sme
 from cmr_layers.ops import reference as law
 
 pytest.importorskip('triton')
@@ -38,7 +38,7 @@ def test_one_kernel_gates_mixes_and_convolves(shape, out_channels, bias, dtype):
     taps, gate = frames(channels, 1, 3, device=DEVICE), frames(n * t, channels, device=DEVICE)
     weight = frames(out_channels, channels, 1, 1, dtype=dtype, device=DEVICE)
     b = frames(out_channels, device=DEVICE) if bias else None
-    y = gated_conv(x, t, gate, taps, weight, b)
+    y = gated_conv(x, t, plain_cme_tim.scales_of(gate, taps), weight, b)
     clips = law.clips(x.double() * gate.double()[:, :, None, None], t)
     want = F.conv2d(law.tim(clips, taps.double()).flatten(0, 1), weight.double(), None if b is None else b.double())
     assert y.is_contiguous(memory_format=torch.channels_last) and y.dtype == dtype
@@ -58,7 +58,8 @@ def test_float32_that_must_not_become_tf32_is_a_librarys(monkeypatch):
             torch.backends.cudnn.allow_tf32 = allowed
             # tf32 keeps 10 bits, as float16 does; the interpreter knows no tf32
             tolerance = torch.float16 if allowed and DEVICE == 'cuda' else F32
-            assert_near(triton_sme.motion_conv(x, 4, weight, None)[0], want, tolerance)
+            assert_near(
+                triton_sme.product(x, triton_sme.similarity(x, 4)[0], weight.flatten(1), None), want, tolerance)
             assert len(called) == 1
     finally:
         torch.backends.cudnn.allow_tf32 = before
