@@ -57,3 +57,12 @@ def packets(path):
     """Place, size and flag of each packet."""
     with av.open(str(path)) as container:
         return [(packet.pos, packet.size, packet.is_corrupt) for packet in container.demux(video=0) if packet.size]
+
+
+def look(path):
+    """Rate, exact times and pictures of a film."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        frames = list(container.decode(stream))
+        return stream.average_rate, [frame.pts * frame.time_base for frame in frames], [
+            frame.to_ndarray(format='rgb24') for frame in frames]

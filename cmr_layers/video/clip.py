@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..checks import check_choice
 from .clock import presentation_times
-from .decode import MAX_CLIP_PIXELS, MAX_PIXELS, Limits, Video, import_av
-from .picture import picture
+from .decode import MAX_CLIP_PIXELS, MAX_PIXELS, Limits, Video
+from .picture import convert
 from .sample import Seconds, check_seconds, in_window, sample_indices, sample_times
 from .source import Source, label, list_pictures, open_source
 
@@ -131,7 +131,7 @@ def _read_file(video: Video, window: _Window) -> Clip:
         pts.append(frame.pts)
         dts.append(frame.dts)
         ticks = getattr(frame, 'duration', 0)
-    _check_decoded(video, bool(pts))
+    video.check_decoded(bool(pts))
     times = presentation_times(pts, dts, video.time_base, video.period)
     wanted = window.sample(name, times, times[-1] + (ticks * video.time_base if ticks else video.period))
     keep, count, result = set(wanted), 0, _Result(video.limits, name)
@@ -157,7 +157,7 @@ def _read_folder(source: Any, window: _Window, limits: Limits, rate: Optional[fl
                 raise ValueError(f'source={paths[i]!r} is a folder; wanted a picture')
             video = Video(reader, limits)
             frame = next(video.frames(), None)
-            _check_decoded(video, frame is not None)
+            video.check_decoded(frame is not None)
             result.put(frame, [at for at, j in enumerate(wanted) if j == i])
     return Clip(result.tensor(), [float(times[i]) for i in wanted])
 
@@ -171,14 +171,7 @@ class _Result:
 
     def put(self, frame: Any, at: Iterable[int]) -> None:
         """Keep a frame at some places of the clip."""
-        try:
-            image = picture(frame, None if self.pixels is None else self._size())
-        except import_av().error.FFmpegError as error:
-            if isinstance(error, OSError):  # such as no memory or no threads
-                raise
-            raise ValueError(
-                f'{self.name} has frames of format {frame.format.name}, which FFmpeg does not turn into RGB: '
-                f'{error.strerror}') from error
+        image = convert(frame, self.name, None if self.pixels is None else self._size())
         if self.pixels is None:
             self.limits.check(self.name, image.shape[2], image.shape[1])
             self.pixels = np.empty((self.limits.num_frames, *image.shape), np.uint8)
@@ -192,24 +185,6 @@ class _Result:
     def tensor(self) -> Tensor:
         assert self.pixels is not None
         return torch.from_numpy(self.pixels)
-
-
-def _check_decoded(video: Video, anything: bool) -> None:
-    """Raise a ValueError with the reason if nothing decoded, or if FFmpeg refused a frame for its size."""
-    if anything and video.reason is None:
-        return
-    said, name = video.complaints(), video.reader.label
-    sizes = [line for line in said if 'max pixel count' in line]
-    if sizes:
-        raise ValueError(
-            f'{name} has frames that are too large ({sizes[0]}); wanted at most max_pixels={video.limits.max_pixels} '
-            f'pixels in a frame')
-    if not anything:
-        reasons = ([] if video.reason is None else [video.reason]) + said[:4]
-        flagged = f' ({video.corrupt} are flagged as corrupt)' if video.corrupt else ''
-        raise ValueError(
-            f'{name}: not a frame of it decodes{flagged}; FFmpeg says: {"; ".join(reasons) or "nothing"}; wanted a '
-            f'video file that it decodes')
 
 
 def _check_index(name: str, value: Any) -> int:

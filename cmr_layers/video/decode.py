@@ -1,9 +1,10 @@
 """Decode the frames of one file with FFmpeg through PyAV, and keep FFmpeg from opening anything else."""
 import errno
-import os
 from contextlib import contextmanager
 from fractions import Fraction
-from typing import Any, Iterator, List, Optional, Set
+from typing import Any, Iterable, Iterator, List, Optional, Set, Tuple
+
+import torch
 
 from ..checks import check_positive
 from .movie import check_movie
@@ -86,7 +87,7 @@ class Video:
         self.reader, self.limits, self.stream = reader, limits, stream
         self.reason: Optional[str] = None
         self.corrupt = 0
-        self.threads = min(os.cpu_count() or 1, 4)
+        self.threads = min(torch.get_num_threads(), 4)  # 1 in a worker of a DataLoader
         self.time_base, self.period = Fraction(1), Fraction(1, 25)
 
     def frames(self) -> Iterator[Any]:
@@ -95,11 +96,24 @@ class Video:
         Raises:
             ValueError: FFmpeg cannot read the file, it holds no video, or a frame is too large.
         """
-        label, self.corrupt = self.reader.label, 0
-        # Time stamps of MPEG are right only if FFmpeg decodes some frames while it opens the file. It must not do so
-        # before the size is known. So the size is read first, from headers and parsers.
-        with self._open(codec_whitelist='none') as container:
-            self._choose(container)
+        with self.opened() as (container, stream):
+            yield from self.decode(stream, self.packets(container, stream))
+
+    @contextmanager
+    def opened(self, known: bool = False) -> Iterator[Tuple[Any, Any]]:
+        """Open the file to decode one of its streams. Yields the container and the stream.
+
+        Args:
+            known: Whether the size of its frames is known to be within the limits.
+
+        Raises:
+            ValueError: FFmpeg cannot read the file, it holds no video, or a frame is too large.
+        """
+        if not known:
+            # Time stamps of MPEG are right only if FFmpeg decodes some frames while it opens the file. It must not do
+            # so before the size is known. So the size is read first, from headers and parsers.
+            with self._open(codec_whitelist='none') as container:
+                self._choose(container)
         with self._open() as container:
             stream = self._choose(container)
             self.time_base = stream.time_base or Fraction(1)
@@ -111,22 +125,36 @@ class Video:
                 # if H.264 does not say how far its frames are out of order, wait for the largest distance
                 'strict': '1',
             }
-            flagged: Set[int] = set()  # a flagged packet is decoded all the same, as others are predicted from it
-            for packet in self._packets(container, stream):
-                if packet is not None and packet.is_corrupt and packet.pts is not None:
-                    flagged.add(packet.pts)
-                try:
-                    frames = stream.codec_context.decode(packet)
-                except self.av.error.FFmpegError as error:
-                    self.reason = error.strerror
-                    continue
-                for frame in frames:
-                    self.limits.check(label, frame.width, frame.height)
-                    if frame.is_corrupt or frame.pts in flagged:
-                        flagged.discard(frame.pts)
-                        self.corrupt += 1
-                    else:
-                        yield frame
+            yield container, stream
+
+    def decode(self, stream: Any, packets: Iterable[Any]) -> Iterator[Any]:
+        """The frames of some packets, but for those that are flagged as corrupt."""
+        self.corrupt = 0
+        flagged: Set[int] = set()  # a flagged packet is decoded all the same, as others are predicted from it
+        for packet in packets:
+            if packet is not None and packet.is_corrupt and packet.pts is not None:
+                flagged.add(packet.pts)
+            try:
+                frames = stream.codec_context.decode(packet)
+            except self.av.error.FFmpegError as error:
+                self.reason = error.strerror
+                continue
+            for frame in frames:
+                self.limits.check(self.reader.label, frame.width, frame.height)
+                if frame.is_corrupt or frame.pts in flagged:
+                    flagged.discard(frame.pts)
+                    self.corrupt += 1
+                else:
+                    yield frame
+
+    def packets(self, container: Any, stream: Any) -> Iterator[Any]:
+        """The packets of a stream, as far as the file can be read, and then the one that flushes the decoder."""
+        try:
+            yield from container.demux(stream)
+        except self.av.error.FFmpegError as error:
+            self.reason = error.strerror
+            yield None
+        self.reader.check()  # a failing disk is not the end of the file
 
     def complaints(self) -> List[str]:
         """The lines that FFmpeg logs while it decodes the file. They name the reason, which its errors do not."""
@@ -143,6 +171,23 @@ class Video:
             self.threads = threads
         said = dict.fromkeys(message.strip() for _, _, message in logs)
         return [line for line in said if not any(words in line for words in OF_THE_WHITELIST)]
+
+    def check_decoded(self, anything: bool) -> None:
+        """Raise a ValueError with the reason if nothing decoded, or if FFmpeg refused a frame for its size."""
+        if anything and self.reason is None:
+            return
+        said, name = self.complaints(), self.reader.label
+        sizes = [line for line in said if 'max pixel count' in line]
+        if sizes:
+            raise ValueError(
+                f'{name} has frames that are too large ({sizes[0]}); wanted at most '
+                f'max_pixels={self.limits.max_pixels} pixels in a frame')
+        if not anything:
+            reasons = ([] if self.reason is None else [self.reason]) + said[:4]
+            flagged = f' ({self.corrupt} are flagged as corrupt)' if self.corrupt else ''
+            raise ValueError(
+                f'{name}: not a frame of it decodes{flagged}; FFmpeg says: {"; ".join(reasons) or "nothing"}; wanted a '
+                f'video file that it decodes')
 
     @property
     def _max_pixels(self) -> str:
@@ -205,15 +250,6 @@ class Video:
                 f'{label} holds no video but cover art ({container.format.long_name}); wanted a video file, or '
                 f'stream=0 to read the cover')
         return max(films, key=lambda s: (bool(s.disposition & flags.default), _pixels(s), -s.index))
-
-    def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
-        """The packets of a stream, as far as the file can be read, and then the one that flushes the decoder."""
-        try:
-            yield from container.demux(stream)
-        except self.av.error.FFmpegError as error:
-            self.reason = error.strerror
-            yield None
-        self.reader.check()  # a failing disk is not the end of the file
 
 
 def _pixels(stream: Any) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..checks import check_module, check_positive
 
-__all__ = ['ClipTransform']
+__all__ = ['ClipTransform', 'check_frames']
 
 _Config = Dict[str, Any]
 
@@ -63,16 +63,23 @@ class ClipTransform:
 
     def crop(self, frames: Tensor) -> Tensor:
         """Resize and crop only: uint8 (T, 3, H, W) to uint8 (T, 3, size, size), the images that the model will see."""
-        if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
-            got = f'{frames.dtype} {list(frames.shape)}' if isinstance(frames, Tensor) else type(frames).__name__
-            hint = '; pass its frames' if hasattr(frames, 'frames') else ''
-            raise ValueError(f'frames must be uint8 of shape (T, 3, H, W), got {got}{hint}')
+        check_frames(frames)
         cropped: Tensor = self._crop(frames)
         return cropped
 
     def __call__(self, frames: Tensor) -> Tensor:
         clip: Tensor = self._normalise(self.crop(frames))
         return clip.unsqueeze(0)
+
+
+def check_frames(frames: Any) -> None:
+    """Raise a ValueError that says what was received if frames are not uint8 (T, 3, H, W)."""
+    if not isinstance(frames, Tensor) or frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        got = f'{frames.dtype} {list(frames.shape)}' if isinstance(frames, Tensor) else type(frames).__name__
+        hint = '; pass its frames' if hasattr(frames, 'frames') else ''
+        raise ValueError(f'frames must be uint8 of shape (T, 3, H, W), got {got}{hint}')
+    if 0 in frames.shape:
+        raise ValueError(f'frames must not be empty, got shape {list(frames.shape)}')
 
 
 def _config(model: Optional[nn.Module], mean: Optional[Sequence[float]], std: Optional[Sequence[float]]) -> _Config:
