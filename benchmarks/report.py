@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import flops
+from benchmarks.coverage import summary as coverage
+from benchmarks.gpu import tables as gpu
+from benchmarks.kernels.tables import render_kernels, render_prediction
 from benchmarks.markdown import table
 from benchmarks.runtime import goals, plot, tables
 
@@ -24,28 +27,42 @@ DEVICES = ('cpu', 'cuda')
 _Results = dict[str, Any]
 
 
-def render_kernels(results: _Results) -> str:
-    """What the compiler made of the kernels, the worst of each kernel's variants."""
-    groups: dict[tuple[str, int], list[_Results]] = {}
-    for row in results['kernels']:
-        groups.setdefault((row['kernel'], row['sm']), []).append(row)
-    rows = []
-    for (name, sm), variants in sorted(groups.items()):
-        units = sorted({unit for row in variants for unit in row['tensor_cores']})
-        failed = sum(bool(row['failures']) for row in variants)
-        rows.append([
-            f'`{name}`', f'sm_{sm}', str(len(variants)), str(max(row['reg'] for row in variants)),
-            str(max(row['shared'] for row in variants)), str(max(row['stack'] for row in variants)),
-            ', '.join(units), f'{failed} fail' if failed else 'ok'])
-    head = ['kernel', 'for', 'variants', 'registers, at most', 'bytes of shared memory, at most',
-            'bytes of stack, at most', 'tensor cores', 'checks']
-    versions = results['versions']
-    return (f'{results["date"][:10]}, torch {versions["torch"]}, triton {versions["triton"]}: '
-            f'`{results["command"]}`\n\n{table(head, rows)}')
-
-
 def render_timm_suite(results: _Results) -> str:
     return f'{results["passed"]} of {results["wanted"]} tests'
+
+
+_FROZEN = {
+    'head': 'the classifier', 'identity': 'temporal layers and classifier, from the identity',
+    'shift': "temporal layers and classifier, from TSM's shift", 'plain': 'all, without temporal layers',
+    'all': "all, with temporal layers, from TSM's shift"}
+
+
+def render_frozen(results: _Results, full: bool = True) -> str:
+    """What learned, and how much was right; ``full``: also what it cost, and how it was measured."""
+    head = ['what learns', 'weights that learn', f'right (chance {results["chance"]:.1%})', 'training, minutes']
+    rows = []
+    for name, what in _FROZEN.items():
+        row = results['rows'].get(name)
+        if row is None:
+            continue
+        share = f'{row["trained"]:,} ({row["trained"] / row["parameters"]:.1%})'
+        rows.append([what, share, _share(row['right'], row['videos'], row['interval']), f'{row["seconds"] / 60:.1f}'])
+        if full:
+            rows[-1] += [f'{row["clips_per_second"]:.1f}', f'{row["memory_mb"]:,}',
+                         f'{_share(row["right"], row["along"], row["interval_along"])} of {row["along"]}']
+    if not full:
+        return table(head, rows)
+    how, classes = results['settings'], round(1 / results['chance'])
+    return table([*head, 'clips/s', 'memory, MB', 'direction, of those on their line (chance 50%)'], rows) + (
+        f'\n\n{classes * how["train"]:,} training and {classes * how["val"]} test videos, {how["epochs"]} epochs, '
+        f'{how["size"]}x{how["size"]} pixels, {how["batch"]} clips an update, AdamW with a learning rate of '
+        f'{how["lr"]}, {how["temporal_lr"]:g} times that for temporal layers, one seed. In brackets are 95% intervals. '
+        f'{results["machine"]}, {results["threads"]} threads, {results["date"][:10]}, torch '
+        f'{results["versions"]["torch"]}: `benchmarks/results/frozen-cpu.json`.')
+
+
+def _share(right: int, count: int, interval: list[float]) -> str:
+    return f'{right / max(count, 1):.1%} ({interval[0]:.1%} to {interval[1]:.1%})'
 
 
 class Section(NamedTuple):
@@ -56,18 +73,44 @@ class Section(NamedTuple):
     command: str
 
 
+_GPU = '-m benchmarks.gpu'
+_FROZEN_STUDY = '-m examples.action_recognition.studies.frozen'
+
+
 def _runtime(device: str) -> dict[str, Section]:
-    file, command = f'runtime-{device}.json', f'-m benchmarks.runtime --device {device}'
-    return {f'{device}-{name}': Section('docs/benchmarks.md', file, partial(tables.section, name=name), command)
-            for name in tables.SECTIONS}
+    file, command = f'runtime-{device}.json', _GPU if device == 'cuda' else '-m benchmarks.runtime --device cpu'
+    found = {f'{device}-{name}': Section('docs/benchmarks.md', file, partial(tables.section, name=name), command)
+             for name in tables.SECTIONS}
+    if device == 'cpu':  # was measured by itself, on another machine
+        found['cpu-backbones'] = found['cpu-backbones']._replace(
+            file='backbones-cpu.json', command=f'{command} --studies backbones')
+    return found
+
+
+def _coverage() -> dict[str, Section]:
+    shows = {
+        'coverage': ('README.md', coverage.render_groups),
+        'coverage-total': ('docs/backbones.md', coverage.render_total),
+        'coverage-families': ('docs/backbones.md', coverage.render),
+        'coverage-failures': ('docs/backbones.md', coverage.render_failures),
+        'coverage-values': ('docs/backbones.md', coverage.render_values)}
+    return {name: Section(page, 'coverage.json', show, '-m benchmarks.coverage')
+            for name, (page, show) in shows.items()}
 
 
 SECTIONS: dict[str, Section] = {
     'flops': Section('docs/paper.md', 'flops.json', flops.render, '-m benchmarks.flops'),
     'timm-suite': Section('docs/testing.md', 'timm_suite.json', render_timm_suite, 'tests/tools/timm_suite.py'),
     'kernels': Section('docs/performance.md', 'kernels.json', render_kernels, '-m benchmarks.kernels'),
+    'kernels-prediction': Section(
+        'docs/performance.md', 'kernels-prediction.json', render_prediction, '-m benchmarks.kernels --predict'),
+    'gpu-checks': Section('docs/performance.md', 'gpu/check.json', gpu.render_checks, _GPU),
+    'gpu-kernels': Section('docs/performance.md', 'gpu/kernels.json', gpu.render_kernels, _GPU),
+    'gpu-bf16': Section('docs/performance.md', 'runtime-cuda-bf16.json', gpu.render_bf16, _GPU),
     'counts': Section('docs/benchmarks.md', 'flops.json', flops.render_peers, '-m benchmarks.flops'),
-    **_runtime('cpu'), **_runtime('cuda'),
+    'frozen': Section('README.md', 'frozen-cpu.json', partial(render_frozen, full=False), _FROZEN_STUDY),
+    'frozen-training': Section('docs/training.md', 'frozen-cpu.json', render_frozen, _FROZEN_STUDY),
+    **_runtime('cpu'), **_runtime('cuda'), **_coverage(),
 }
 # These are of all devices' files, or of none: the goals, and the plots
 _TABLES_PAGE = 'docs/benchmarks.md'
@@ -80,7 +123,10 @@ def plot_file(device: str) -> str:
 
 def _load(root: Path, file: str) -> _Results | None:
     path = root / 'benchmarks/results' / file
-    return json.loads(path.read_text()) if path.exists() else None
+    results: _Results | None = json.loads(path.read_text()) if path.exists() else None
+    if results and results.get('rehearsal'):
+        raise ValueError(f"{path.name} is a rehearsal's: it measured nothing, and no page shows it")
+    return results
 
 
 def _runs(root: Path) -> dict[str, _Results]:
@@ -93,9 +139,13 @@ def pages(root: Path = ROOT) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name, section in SECTIONS.items():
         results = _load(root, section.file)
-        text = section.show(results) if results else (
-            f'not measured yet: `python {section.command} --out benchmarks/results/{section.file}`')
+        where = '' if section.command == _GPU else f' --out benchmarks/results/{section.file}'
+        text = section.show(results) if results else f'not measured yet: `python {section.command}{where}`'
         found.setdefault(section.page, {})[name] = text
+    prediction = _load(root, 'kernels-prediction.json')
+    if prediction:  # beside the one it is compared with
+        found['docs/performance.md']['kernels-prediction'] = render_prediction(
+            prediction, *(_load(root, f'kernels-prediction-{name}.json') for name in ('before', 'fused')))
     runs = _runs(root)
     found[_TABLES_PAGE]['goals'] = goals.render(list(runs.values()))
     for device in DEVICES:

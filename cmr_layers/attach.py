@@ -13,7 +13,7 @@ renamed. One of two things runs the layer:
 """
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, Iterator, List, Type
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Type
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -67,10 +67,20 @@ class Insertion:
 
 @dataclass(frozen=True)
 class Report:
-    """The layers that :func:`insert` or :func:`retrofit` inserted. Print it to read them."""
+    """The layers that ``insert``, ``retrofit`` or ``adapt`` put in. Print it to read them.
+
+    Attributes:
+        model: Class of the network.
+        num_frames: Frames T of a clip.
+        insertions: The layers and their places.
+        left: Blocks that took no layer, or not all, and why; only ``adapt`` leaves any.
+        trainable: Parameters that train, and all of them, if the rest was frozen.
+    """
     model: str
     num_frames: int
     insertions: List[Insertion] = field(default_factory=list)
+    left: Dict[str, str] = field(default_factory=dict)
+    trainable: Optional[Tuple[int, int]] = None
 
     def __iter__(self) -> Iterator[Insertion]:
         return iter(self.insertions)
@@ -85,6 +95,10 @@ class Report:
         lines = [f'{self.model}: {counts} for clips of {self.num_frames} frames, {added:,} parameters added']
         width = max(len(insertion.name) for insertion in self)
         lines += [f'  {i.name:<{width}}  {i.channels:>4} channels, {i.where} {i.at}' for i in self]
+        lines += [f'  {name} is left as it is: {reason}' for name, reason in self.left.items()]
+        if self.trainable is not None:
+            count, total = self.trainable
+            lines.append(f'{count:,} of {total:,} parameters train ({count / total:.2%})')
         return '\n'.join(lines)
 
 

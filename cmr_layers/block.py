@@ -4,7 +4,7 @@ Type A is CME, TIM and the block. Type B is type A with SME. Three placements de
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
-from typing import TYPE_CHECKING, Any, Callable, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Optional, Tuple, Union
 
 import torch
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -31,21 +31,26 @@ def is_placed(name: str, where: str, opens_stage: bool) -> bool:
 
 
 class TemporalBlock(nn.Module):
-    """A residual block with temporal layers: how it begins."""
+    """A residual block with temporal layers: how it begins.
+
+    A block defines ``_branches``, what is between its beginning and the sum at its end, and the name of the activation
+    of that sum. A fused stage (:mod:`.stage`) runs a block by these.
+    """
+    last_act: ClassVar[str]
     if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
         cme: nn.Module
         tim: nn.Module
         sme: nn.Module
         conv1: Any
 
-    def _begin(self, x: Tensor) -> Tensor:
-        """``conv1(tim(cme(x)))``"""
+    def _begin(self, x: Tensor, pooled: Optional[Tensor] = None) -> Tensor:
+        """``conv1(tim(cme(x)))``; ``pooled``: what the block before knows of x, see :func:`.ops.cme_tim`."""
         if torch.jit.is_scripting():
             x = self.cme(x)
             x = self.tim(x)
             x = self.conv1(x)
         else:
-            x = cme_tim_conv(self.cme, self.tim, self.conv1, x)
+            x = cme_tim_conv(self.cme, self.tim, self.conv1, x, pooled)
         return x
 
     fuse = fold_norms  # for timm's reparameterize_model
@@ -117,10 +122,17 @@ class CMRBlock(_BuiltBlock, Bottleneck):
         torch.Size([4, 1000])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
+    last_act = 'act3'
 
-        x = self._begin(x)
+    def forward(self, x: Tensor) -> Tensor:
+        x, shortcut = self._branches(self._begin(x), x)
+        x += shortcut
+        x = self.act3(x)
+        x = self.sme(x)
+
+        return x
+
+    def _branches(self, x: Tensor, shortcut: Tensor) -> Tuple[Tensor, Tensor]:
         x = self.bn1(x)
         x = self.act1(x)
 
@@ -139,11 +151,7 @@ class CMRBlock(_BuiltBlock, Bottleneck):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
-        x = self.act3(x)
-        x = self.sme(x)
-
-        return x
+        return x, shortcut
 
 
 class CMRBasicBlock(_BuiltBlock, BasicBlock):
@@ -162,10 +170,17 @@ class CMRBasicBlock(_BuiltBlock, BasicBlock):
         torch.Size([8, 64, 14, 14])
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
+    last_act = 'act2'
 
-        x = self._begin(x)
+    def forward(self, x: Tensor) -> Tensor:
+        x, shortcut = self._branches(self._begin(x), x)
+        x += shortcut
+        x = self.act2(x)
+        x = self.sme(x)
+
+        return x
+
+    def _branches(self, x: Tensor, shortcut: Tensor) -> Tuple[Tensor, Tensor]:
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
@@ -180,8 +195,4 @@ class CMRBasicBlock(_BuiltBlock, BasicBlock):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
-        x = self.act2(x)
-        x = self.sme(x)
-
-        return x
+        return x, shortcut

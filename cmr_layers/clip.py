@@ -1,6 +1,6 @@
 """The clip axis: how frames become clips and clips become frames.
 
-Inside a network every tensor is (B*T, C, H, W) with the frames of a clip next to each other, "(b t)". A module that
+Inside a network every tensor is (B*T, ...) with the frames of a clip next to each other, "(b t)". A module that
 needs the clip unfolds it by the rule of :func:`clip_shape`. T is called ``num_frames`` throughout (TSM calls it
 n_segment, mmaction2 num_segments).
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from .checks import check_module, check_positive
+from .format import as_maps, check_format, from_maps, shapes
 from .ops import reference
 from .ops.layout import dense
 from .ops.path import is_transformed
@@ -104,20 +105,29 @@ class ClipModule(OneNode):
 class ClipLayer(ClipModule):
     """Base of CME, SME and TIM: takes (B*T, C, H, W) or (B, T, C, H, W) and returns the same, memory layout included.
 
+    With another ``input_fmt`` it takes and returns maps (B*T, H, W, C) or tokens (B*T, L, C), or clips of them. The
+    equations are the same, and so are the numbers.
+
     A subclass defines :meth:`forward_clips`, which receives clips (B, T, C, H, W) with T = num_frames. T is 1 when the
-    folded input holds fewer frames than one clip (stills). A subclass may also define :meth:`forward_frames`, which
-    receives folded frames (B*T, C, H, W) and is used instead, except in TorchScript.
+    folded input holds fewer frames than one clip (stills). Tokens arrive as (B, T, C, 1, L), prefix tokens first. A
+    subclass may also define :meth:`forward_frames`, which receives folded frames (B*T, C, H, W) and is used instead,
+    except in TorchScript.
 
     Args:
         channels: Channels C of the input.
         num_frames: Frames T of a clip.
+        input_fmt: How the input lies: 'NCHW', 'NHWC' or 'NLC' (tokens).
+        num_prefix_tokens: Tokens before the patches, such as a class token and registers; only with 'NLC'.
 
     Raises:
-        ValueError: An argument is no positive int; at call time, the input has another number of dimensions,
-            channels or frames, or is not floating point.
+        ValueError: An argument is no positive int, input_fmt none of the three, or there are prefix tokens without
+            'NLC'; at call time, the input has another number of dimensions, channels or frames, has no patch, or is
+            not floating point.
         TypeError: At call time, the input is no tensor.
     """
     channels: int
+    input_fmt: str
+    num_prefix_tokens: int
     own_forward_frames: ClassVar[Any]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -127,47 +137,69 @@ class ClipLayer(ClipModule):
             cls.forward_frames = ClipLayer.forward_frames  # type: ignore[method-assign]
         cls.own_forward_frames = cls.forward_frames  # as it is now: somebody may patch the class
 
-    def __init__(self, channels: int, num_frames: int) -> None:
+    def __init__(self, channels: int, num_frames: int, input_fmt: str = 'NCHW', num_prefix_tokens: int = 0) -> None:
         super().__init__(num_frames)
         self.channels = check_positive('channels', channels)
+        self.input_fmt, self.num_prefix_tokens = check_format(input_fmt, num_prefix_tokens)
+
+    @property
+    def frame_ndim(self) -> int:
+        """Dimensions of a folded batch of frames; clips have one more."""
+        return 3 if self.input_fmt == 'NLC' else 4
 
     def _check(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f'x must be a tensor, got {type(x)}{_way_out(x)}')
-        if (x.ndim != 4 and x.ndim != 5) or x.shape[-3] != self.channels:
+        ndim = self.frame_ndim
+        axis = -3 if self.input_fmt == 'NCHW' else -1
+        if (x.ndim != ndim and x.ndim != ndim + 1) or x.shape[axis] != self.channels:
             raise ValueError(
-                f'x must have shape (B*T, {self.channels}, H, W) or (B, {self.num_frames}, {self.channels}, H, W), '
-                f'got {list(x.shape)}'
-            )
+                f'x must have shape {shapes(self.input_fmt, self.channels, self.num_frames)}, got {list(x.shape)}')
+        if self.num_prefix_tokens > 0 and x.shape[-2] <= self.num_prefix_tokens:
+            raise ValueError(
+                f'x must hold patches behind its prefix tokens, got {list(x.shape)} with '
+                f'num_prefix_tokens={self.num_prefix_tokens}')
         if not x.is_floating_point():
             raise ValueError(f'x must be a floating point tensor, got {x.dtype}')
-        if x.ndim == 5:
+        if x.ndim == ndim + 1:
             _check_frames(x, self.num_frames)
 
     def _clips(self, x: Tensor) -> Tensor:
         """See x as clips (B, T, C, H, W)."""
         self._check(x)
-        return x if x.ndim == 5 else unfold(x, self.num_frames)
+        if x.ndim == self.frame_ndim:
+            x = unfold(x, self.num_frames)
+        return self._maps(x)
+
+    def _maps(self, x: Tensor) -> Tensor:
+        return x if self.input_fmt == 'NCHW' else as_maps(x, self.input_fmt)
 
     def frames(self, x: Tensor) -> Tuple[Tensor, int]:
         """See x as frames (B*T, C, H, W); how many of them are a clip."""
         self._check(x)
-        if x.ndim == 5:
-            return x.flatten(0, 1), x.shape[1]
-        return x, clip_shape(x.shape[0], self.num_frames)[1]
+        if x.ndim > self.frame_ndim:
+            num_frames = x.shape[1]
+            x = x.flatten(0, 1)
+        else:
+            num_frames = clip_shape(x.shape[0], self.num_frames)[1]
+        return self._maps(x), num_frames
+
+    def like_input(self, y: Tensor, x: Tensor) -> Tensor:
+        """Undo :meth:`frames`: results as maps, in the format and the shape of the input x."""
+        if self.input_fmt != 'NCHW':
+            y = from_maps(y)
+        # reshape, not flatten: to a tracer a batch of N frames stays N, and does not become N // T * T
+        return y.reshape(x.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
-            # reshape, not flatten: to a tracer a batch of N frames stays N, and does not become N // T * T
-            y = self.forward_clips(self._clips(x)).reshape(x.shape)
-        else:
-            frames, num_frames = self.frames(x)
-            y = self.forward_frames(frames, num_frames).reshape(x.shape)
-            if is_transformed():  # under vmap a tensor knows no channels_last
-                return y
-        if x.ndim == 4 or x.is_contiguous():
-            return dense(y, x)
-        return y
+            y = self.like_input(self.forward_clips(self._clips(x)), x)
+            return dense(y, x) if x.ndim == 4 or x.is_contiguous() else y
+        frames, num_frames = self.frames(x)
+        y = self.forward_frames(frames, num_frames)
+        if not is_transformed():  # under vmap a tensor knows no channels_last
+            y = dense(y, frames)
+        return self.like_input(y, x)
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
         return self.forward_clips(reference.clips(x, num_frames)).reshape(x.shape)
@@ -176,7 +208,9 @@ class ClipLayer(ClipModule):
         raise RuntimeError('a ClipLayer defines forward_clips')
 
     def extra_repr(self) -> str:
-        return f'{self.channels}, num_frames={self.num_frames}'
+        fmt = '' if self.input_fmt == 'NCHW' else f', input_fmt={self.input_fmt!r}'
+        prefix = '' if self.num_prefix_tokens == 0 else f', num_prefix_tokens={self.num_prefix_tokens}'
+        return f'{self.channels}, num_frames={self.num_frames}{fmt}{prefix}'
 
 
 @register_notrace_module

@@ -8,7 +8,7 @@ from torch.fx import Proxy
 
 from .attach import no_image_network
 from .checks import check_module
-from .clip import Consensus, Fold, check_num_frames, set_num_frames
+from .clip import ClipModule, Consensus, Fold, check_num_frames, set_num_frames
 from .hosts import check_layers
 
 __all__ = ['ClipModel']
@@ -25,8 +25,10 @@ class ClipModel(nn.Module):
     saves the wrapper.
 
     Args:
-        model: Network from (B*T, C, H, W) to logits or features (B*T, K), or to a transformers output with ``logits``.
-            The wrapper takes over its mode, training or eval.
+        model: Network from (B*T, C, H, W) to logits or features (B*T, K), or to an output of transformers. Of such an
+            output the wrapper takes ``logits`` if there are any, and ``pooler_output`` otherwise, which networks
+            without a head return. A pooled map (B*T, K, 1, 1), as of ``ResNetModel``, is flattened to (B*T, K). The
+            wrapper takes over the network's mode, training or eval.
         num_frames: Frames T of a clip.
 
     Shapes:
@@ -37,7 +39,7 @@ class ClipModel(nn.Module):
             has another number of frames.
         RuntimeError: A layer of the model is not at its place any more (see :func:`insert`).
         TypeError: model is no module, or takes clips itself, as the ``cmr_resnet`` family does. At call time: it
-            did not return a tensor (B*T, K).
+            did not return a tensor (B*T, K), nor an output that has one.
 
     Example:
         >>> import timm
@@ -75,7 +77,9 @@ class ClipModel(nn.Module):
 
     @torch.jit.unused
     def _check_layers(self) -> None:
-        check_num_frames(self.model, self.num_frames)
+        # at every call, as layers may come, go and be set at any time: so it has to be quick
+        if torch.compiler.is_compiling() or not _all_have(self.model, self.num_frames):
+            check_num_frames(self.model, self.num_frames)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
@@ -85,12 +89,40 @@ class ClipModel(nn.Module):
         if not torch.jit.is_scripting():
             if isinstance(frames, Proxy):  # a proxy has no shape to check
                 return self.consensus(frames)  # type: ignore[no-any-return]
-            frames = getattr(frames, 'logits', frames)
+            frames = _vectors(frames)
         if not isinstance(frames, Tensor) or frames.ndim != 2 or frames.shape[0] != x.shape[0]:
             got = list(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
-            raise TypeError(f'model must return a tensor of shape (B*T, K) for the frames of a clip, got {got}')
+            raise TypeError(
+                f'model must return a tensor of shape (B*T, K) for the frames of a clip, or an output with logits or '
+                f'pooler_output of that shape, got {got}')
         y: Tensor = self.consensus(frames)
         return y
+
+
+def _vectors(output: Any) -> Any:
+    """What an output of transformers says of the frames: logits, or else what was pooled. Others pass through."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, 'logits', None)
+    if logits is not None:
+        return logits
+    pooled = getattr(output, 'pooler_output', None)
+    if isinstance(pooled, Tensor) and pooled.ndim == 4 and pooled.shape[2:] == (1, 1):
+        return pooled.flatten(1)
+    return output if pooled is None else pooled
+
+
+def _all_have(model: nn.Module, num_frames: int) -> bool:
+    """What :func:`check_num_frames` finds out, in a fraction of its time: no names are made, none is looked up."""
+    queue, found = [model], {model}  # a module may be at several places
+    for module in queue:  # which grows as it is walked through
+        if isinstance(module, ClipModule) and module.num_frames != num_frames:
+            return False
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                found.add(child)
+                queue.append(child)
+    return True
 
 
 # The attributes that timm's tools ask for. Each is a property: the wrapper has it only if its network does.

@@ -25,6 +25,10 @@ class CME(ClipLayer):
     with weights softmax_j(-k_t k_j), so the frames that differ most count most. A sigmoid turns the fused vector into
     one gate in (0, 1) per channel and frame. The frame is multiplied by its gates.
 
+    Of tokens, only the patches are pooled: prefix tokens have no place in the image, and a class token is no average of
+    it. All tokens are gated: a gate belongs to a channel of a frame, and attention will compare every token with every
+    other in the same channels.
+
     The paper does not say whether the projections have a bias, nor how they start. As in the authors' code they have no
     bias here and start with PyTorch's default, so the gates start near 1/2, not near 1. ``gate_init`` chooses another
     start for all gates: W3 starts at zero, and any value but 1/2 adds a bias.
@@ -37,8 +41,11 @@ class CME(ClipLayer):
         gate_init: Value in (0, 1) that all gates start at; other than 0.5 it gives W3 a bias. None: PyTorch's
             default start of equation (6) as it stands.
 
+        input_fmt: How the input lies: 'NCHW', 'NHWC' or 'NLC' (tokens), see :class:`ClipLayer`.
+        num_prefix_tokens: Tokens before the patches, only with 'NLC'.
+
     Shapes:
-        (B*T, C, H, W) or (B, T, C, H, W) to the same.
+        (B*T, C, H, W) or (B, T, C, H, W), or what ``input_fmt`` says, to the same.
 
     Raises:
         ValueError: An argument is no positive int, or gate_init is not in (0, 1); at call time, another shape (see
@@ -59,11 +66,13 @@ class CME(ClipLayer):
             num_frames: int = 8,
             reduction: Union[int, Tuple[int, int]] = 8,
             gate_init: Optional[float] = None,
+            input_fmt: str = 'NCHW',
+            num_prefix_tokens: int = 0,
             device: Any = None,
             dtype: Any = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(channels, num_frames)
+        super().__init__(channels, num_frames, input_fmt, num_prefix_tokens)
         r1, r2 = _pair(reduction)
         self.reduction = (r1, r2)
         if gate_init is not None and not (hasattr(gate_init, '__float__') and 0 < gate_init < 1):
@@ -86,14 +95,14 @@ class CME(ClipLayer):
                 nn.init.constant_(self.b3, math.log(self.gate_init / (1 - self.gate_init)))
 
     def gate(self, x: Tensor) -> Tensor:
-        """Gates a of equation (6): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, C), in (0, 1), at least float32."""
-        return reference.cme_gate(self._clips(x), self.w1, self.w2, self.w3, self.b3)
+        """Gates a of equation (6): what the layer takes to (B, T, C), in (0, 1), at least float32."""
+        return reference.cme_gate(self._clips(x), self.w1, self.w2, self.w3, self.b3, self.num_prefix_tokens)
 
     def forward_clips(self, x: Tensor) -> Tensor:
-        return reference.cme(x, self.w1, self.w2, self.w3, self.b3)
+        return reference.cme(x, self.w1, self.w2, self.w3, self.b3, self.num_prefix_tokens)
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
-        return ops.cme_tim(x, num_frames, self.weights(), None, owner=self)
+        return ops.cme_tim(x, num_frames, self.weights(), None, owner=self, prefix=self.num_prefix_tokens)
 
     def weights(self) -> ops.CMEWeights:
         return ops.CMEWeights(self.w1, self.w2, self.w3, self.b3)

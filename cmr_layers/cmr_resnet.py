@@ -5,8 +5,9 @@ frames at the end. The parameters of the image network keep timm's names.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
+import warnings
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from .block import PLACEMENTS, CMRBasicBlock, CMRBlock, is_placed
 from .checks import check_choice
 from .clip import ClipLayer, Consensus, Fold, check_num_frames, set_num_frames, temporal_keys
+from .stage import run_stages
 
 __all__ = ['CMRResNet']  # timm's registry adds the names of the family
 
@@ -73,9 +75,9 @@ class CMRResNet(ResNet):
         (``forward_features``, ``forward_intermediates``, ``features_only``) are per frame, (B*T, C, H, W).
 
     There are two ways to load a file of your own, say with 7 classes. ``timm.create_model(name, num_classes=7,
-    checkpoint_path=...)`` takes a file of this family. ``pretrained=True, pretrained_cfg_overlay=dict(file=...,
-    num_classes=7)`` takes files of an image network, too, and adapts to other ``in_chans``. The classifier starts anew
-    if the model's ``num_classes`` differs from the overlay's.
+    checkpoint_path=...)`` takes a file of this family or of the image network, whose classifier has 7 classes.
+    ``pretrained=True, pretrained_cfg_overlay=dict(file=..., num_classes=7)`` also adapts to other ``in_chans``, and
+    the classifier starts anew if the model's ``num_classes`` differs from the overlay's.
 
     Raises:
         ValueError: A placement or consensus is none of its choices, num_frames or reduction is no positive int, or
@@ -154,6 +156,36 @@ class CMRResNet(ResNet):
             if isinstance(module, ClipLayer) and hasattr(module, 'reset_parameters'):
                 module.reset_parameters()  # type: ignore[operator]
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As PyTorch's, and for what timm's ``checkpoint_path=`` reads.
+
+        A prefix that all keys share, such as ``module.`` or ``model.``, is left out. If ``strict``, the keys of the
+        temporal layers may be missing, all of them together: then the file is an image network's. The temporal layers
+        keep their values, a warning says so, and the result names the missing keys.
+
+        Args:
+            state_dict: Weights of this network or of its image network.
+            strict: Whether any other difference of the keys is an error.
+            assign: As PyTorch's.
+
+        Returns:
+            Missing and unexpected keys.
+
+        Raises:
+            RuntimeError: Keys or shapes differ.
+        """
+        state_dict = without_prefix(state_dict, self)
+        own, temporal = self.state_dict(), temporal_keys(self)
+        if not strict or not temporal or not temporal.isdisjoint(state_dict):
+            return super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict({**state_dict, **{key: own[key] for key in temporal}}, strict, assign)
+        warnings.warn(
+            f'the state dict is of an image network: the {len(temporal)} keys of the temporal layers of this '
+            f'{type(self).__name__} are missing. These layers keep their values; those of a network that was just '
+            f'built are their start', stacklevel=2)
+        result.missing_keys.extend(sorted(temporal))
+        return result
+
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Union[
             List[Tensor], Tuple[Tensor, List[Tensor]]]:
         """As timm's, of the clip's frames: maps are (B*T, C, H, W)."""
@@ -172,6 +204,8 @@ class CMRResNet(ResNet):
         x = self.maxpool(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq([self.layer1, self.layer2, self.layer3, self.layer4], x, flatten=True)
+        elif not torch.jit.is_scripting():
+            x = run_stages([self.layer1, self.layer2, self.layer3, self.layer4], x)
         else:
             x = self.layer1(x)  # type: ignore[operator]
             x = self.layer2(x)  # type: ignore[operator]
@@ -192,18 +226,35 @@ class CMRResNet(ResNet):
         return x if self.average_features else self.consensus(x)
 
 
+def without_prefix(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Leave out a prefix that all keys share and the model has not, and the counter of PyTorch's ``AveragedModel``.
+
+    Both are of what held the network: DDP, ``torch.compile``, an EMA, Lightning, :class:`ClipModel`.
+    """
+    own = {key.partition('.')[0] for key in model.state_dict()}
+    keys = {key: key for key in state_dict if key != 'n_averaged'}  # maps a key of the file to the network's
+    while len(prefixes := {key.partition('.')[0] for key in keys.values()}) == 1 and not prefixes & own:
+        if not all('.' in key for key in keys.values()):
+            break
+        keys = {key: name.partition('.')[2] for key, name in keys.items()}
+    if all(key == keys.get(key) for key in state_dict):
+        return state_dict  # itself, as it knows the versions of its modules
+    return {name: state_dict[key] for key, name in keys.items()}
+
+
 def check_pretrained(state_dict: Dict[str, Tensor], model: nn.Module, features_only: bool = False) -> Dict[str, Tensor]:
     """Complete an image network's weights with the temporal layers' start; refuse anything else that differs.
 
     timm loads loosely as soon as num_classes differs from the checkpoint's, and would then keep random weights where
     a file is wrong. It takes the checkpoint's num_classes from ``pretrained_cfg``, without a look at the file, and
     leaves out the classifier if that differs from the model's. The classifier is left to timm where ``pretrained_cfg``
-    is right about the file.
+    is right about the file. A prefix is left out as :meth:`CMRResNet.load_state_dict` does.
 
     Raises:
         ValueError: The classifier in the file has another number of classes than ``pretrained_cfg`` says.
         RuntimeError: The keys differ.
     """
+    state_dict = dict(without_prefix(state_dict, model))
     own = model.state_dict()
     temporal = temporal_keys(model)
     cfg: Any = model.pretrained_cfg

@@ -1,23 +1,22 @@
 """Trained networks made ready for inference: batch norms folded into convolutions, the forward pass as a CUDA graph."""
-import copy
 import math
 from collections import OrderedDict
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
-from .attach import all_or_nothing, check_network
+from .attach import all_or_nothing
 from .bypass import is_bare
 from .checks import check_module
 from .fuse import fold_pair, joint
-from .ops import use_path
+from .stage import StageFusion, fuse_stages
+from .trial import buffers_kept, check_eval, check_example, check_result, distance, make_trial, run_reference
 from .watch import Watch
 
-__all__ = ['Folding', 'fold', 'graphed']
+__all__ = ['Folding', 'StageFusion', 'fold', 'fuse_stages', 'graphed']
 
 
 @dataclass(frozen=True)
@@ -84,14 +83,11 @@ def fold(model: nn.Module, example_input: Tensor) -> Folding:
         >>> torch.allclose(model(x), want, atol=1e-4)
         True
     """
-    check_network(model)
-    if not isinstance(example_input, Tensor):
-        raise TypeError(f'example_input must be a tensor, got {type(example_input).__name__}')
-    _check_eval(model)
-    with all_or_nothing(model), _buffers_kept(model):
+    check_example(model, example_input)
+    with all_or_nothing(model), buffers_kept(model):
         x = example_input.detach().clone()
         watch = Watch(model)
-        want = watch.run(lambda: _run(model, x))
+        want = watch.run(lambda: run_reference(model, x))
         pairs, left = watch.pairs, watch.left
         for conv, norm in watch.pairs:
             reason = _rounding(model.get_submodule(conv), model.get_submodule(norm))
@@ -99,39 +95,10 @@ def fold(model: nn.Module, example_input: Tensor) -> Folding:
                 left[norm] = reason
         pairs = [pair for pair in pairs if pair[1] not in left]
         if pairs:
-            _check_result(want)
+            check_result(want)
             _check(model, pairs, x, want)
             _fold(model, pairs)
     return Folding(type(model).__name__, pairs, left)
-
-
-@contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Give buffers their values back: a network may count its calls in one, or move its statistics."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _run(model: nn.Module, x: Tensor) -> Any:
-    """What a network computes, each time with the same random numbers."""
-    devices = [x.device] if x.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad(), use_path('reference'):
-        return model(x)
-
-
-def _check_result(result: Any) -> None:
-    """Refuse a result that would be the same whatever is folded."""
-    tensors = list(_tensors(result))
-    if not tensors:
-        raise TypeError(f'model must return tensors, got {type(result).__name__}')
-    if not any(x.is_meta or bool(x.isfinite().any()) for x in tensors):
-        raise ValueError('example_input must lead to finite numbers, got a result without any')
 
 
 def _rounding(conv: Any, norm: Any) -> str:
@@ -167,7 +134,7 @@ class _Undo(Exception):
 
 def _check(model: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any) -> None:
     """Raise a RuntimeError if pairs can't be folded: the operations that were seen are not all that there is to it."""
-    trial, wide, truth, tolerance = _trial(model, x, want)
+    trial, wide, truth, tolerance = make_trial(model, x, want)
     moved = _moved(trial, pairs, wide, truth)
     if moved <= tolerance:
         return
@@ -181,67 +148,17 @@ def _check(model: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any)
     )
 
 
-def _trial(model: nn.Module, x: Tensor, want: Any) -> Tuple[nn.Module, Tensor, Any, float]:
-    """A network to try on, its input, its result, and how far rounding may move that, relative to its size.
-
-    A wide type tells errors from rounding, which deep networks amplify. Some networks compute a part in float32,
-    whatever they get, so what is allowed in float64 is noise of float32.
-    """
-    for dtype, tolerance in ((torch.float64, 1e-5), (torch.float32, 1e-2)):
-        try:
-            trial, wide = copy.deepcopy(model).to(dtype).eval(), x.to(dtype) if x.is_floating_point() else x
-            return trial, wide, _run(trial, wide), tolerance
-        except Exception:  # it can't be copied, or does not run there
-            continue
-    return model, x, want, 1e-2 if torch.finfo(_dtype(want)).eps < 1e-6 else .3
-
-
 def _moved(trial: nn.Module, pairs: List[Tuple[str, str]], x: Tensor, want: Any) -> float:
     """How far pairs move what a network computes, if they are folded; the network is left as it is."""
     moved = math.inf
     try:
         with all_or_nothing(trial):
             _fold(trial, pairs)
-            moved = _distance(want, _run(trial, x))
+            moved = distance(want, run_reference(trial, x))
             raise _Undo
     except Exception:
         pass
     return moved
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in what a network returned."""
-    for leaf in tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif is_dataclass(leaf):
-            yield from _tensors([getattr(leaf, field.name) for field in fields(leaf)])
-
-
-def _dtype(value: Any) -> torch.dtype:
-    return next((x.dtype for x in _tensors(value) if x.is_floating_point()), torch.float32)
-
-
-def _distance(want: Any, got: Any) -> float:
-    """The largest difference of two results of a network, relative to their size."""
-    before, after = list(_tensors(want)), list(_tensors(got))
-    if [(x.shape, x.dtype) for x in before] != [(x.shape, x.dtype) for x in after]:
-        return math.inf
-    return max(_difference(x, y) for x, y in zip(before, after))
-
-
-def _difference(x: Tensor, y: Tensor) -> float:
-    if x.is_meta or not x.numel():
-        return 0.
-    if not x.is_floating_point():
-        return 0. if torch.equal(x, y) else math.inf
-    finite = x.isfinite()
-    if not torch.equal(x[~finite].nan_to_num(), y[~finite].nan_to_num()) or not bool(y[finite].isfinite().all()):
-        return math.inf
-    if not bool(finite.any()):
-        return 0.
-    x, y = x[finite].double(), y[finite].double()
-    return float((x - y).abs().max() / x.abs().max().clamp(min=1e-6))  # what is all zeros has only rounding in it
 
 
 def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:
@@ -256,8 +173,8 @@ def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:
     Returns:
         A function from x to ``model(x)``, without gradients. Its results are copies and stay valid after the next
         call; calls must not overlap, in threads or streams. The graph reads the weights where they are: it sees those
-        that are changed in place, as ``load_state_dict`` does, but when the model is moved, cast or folded, or when
-        ``set_num_frames`` is called, capture a new one.
+        that are changed in place, as ``load_state_dict`` does, but when the model is moved, cast or folded, a module
+        of it is exchanged, or ``set_num_frames`` is called, capture a new one.
 
     Raises:
         TypeError: model is no module, or example_input is no tensor.
@@ -273,8 +190,11 @@ def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:
     check_module('model', model)
     if not isinstance(example_input, Tensor):
         raise TypeError(f'example_input must be a tensor, got {type(example_input).__name__}')
-    _check_eval(model)
-    if example_input.device.type != 'cuda':
+    # The graph holds what these modules did, whatever comes and goes in the network later. A list of them is looked
+    # through sixteen times faster than the network, so that every replay can afford to look at all of them.
+    modules = list(model.modules())
+    check_eval(modules)
+    if not _on_cuda(example_input):
         raise ValueError(f'example_input must be on a CUDA device, got a tensor on {example_input.device}')
     if torch.is_autocast_enabled('cuda') and torch.is_autocast_cache_enabled():
         raise RuntimeError('autocast must be without a cache here: torch.autocast(..., cache_enabled=False)')
@@ -292,7 +212,7 @@ def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:
             output = model(static)
 
     def run(x: Tensor) -> Any:
-        _check_eval(model)
+        check_eval(modules)
         _check_like(x, static)
         with torch.cuda.device(static.device):
             with torch.inference_mode():
@@ -303,9 +223,8 @@ def graphed(model: nn.Module, example_input: Tensor) -> Callable[[Tensor], Any]:
     return run
 
 
-def _check_eval(model: nn.Module) -> None:
-    if any(module.training for module in model.modules()):
-        raise ValueError('model must be in eval mode, got one in training mode; call model.eval() first')
+def _on_cuda(x: Tensor) -> bool:
+    return x.device.type == 'cuda'
 
 
 def _check_like(x: Tensor, static: Tensor) -> None:

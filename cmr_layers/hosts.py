@@ -8,6 +8,7 @@ another network of the same classes. It would leave the layers out without a wor
 A tool that replaces, wraps, copies or fuses a host keeps, drops or doubles its layers, and says nothing. The network
 therefore remembers its hosts. It refuses to run or to be saved if a host is not at its place.
 """
+import inspect
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional, Tuple, Type
 
@@ -53,11 +54,13 @@ class Host(nn.Module):
     # the names are unlikely in a module of another package
     _cmr_place = Place('')  # an instance that somebody makes with the class of a host runs no layers
     _cmr_class: Type[nn.Module]
+    _cmr_names: Tuple[str, ...] = ()  # of the arguments of its forward
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if getattr(self, '_is_replica', False):
             raise RuntimeError('nn.DataParallel copies no inserted layers; use nn.parallel.DistributedDataParallel')
         place = self._cmr_place
+        _check_masks(place, {**dict(zip(self._cmr_names, args)), **kwargs})
         if place.before:
             if not args:
                 raise TypeError(f'{place.at} must get its input as a positional argument, since layers run before it')
@@ -71,7 +74,9 @@ class Host(nn.Module):
                 f'into a {type(self).__name__}: insert the layer at a convolution, an activation or a block instead, '
                 f"or take features with timm's forward_intermediates()"
             ) from error
-        return run(place.after, y) if place.after else y
+        if not place.after:
+            return y
+        return (run(place.after, y[0]), *y[1:]) if type(y) is tuple else run(place.after, y)
 
     def __copy__(self) -> nn.Module:
         raise TypeError(
@@ -88,12 +93,33 @@ class Host(nn.Module):
             f'torch.jit.trace, torch.export or torch.compile, or restore(model) first')
 
 
+def _check_masks(place: Place, kwargs: Dict[str, Any]) -> None:
+    """Refuse masks that hide tokens: CME would pool what is padding, and TIM mix it in.
+
+    transformers makes masks that hide nothing when it is traced. In an exported graph no mask is looked at.
+    """
+    for name, mask in kwargs.items():
+        if 'mask' not in name or not isinstance(mask, torch.Tensor) or torch.compiler.is_exporting():
+            continue
+        said = (f'{place.at} runs {", ".join(place.layers)} and must get no {name} that hides tokens: the layers know '
+                f'none that are padding. Give the network images of one size')
+        # Of numbers that are added to attention's, what is below 0 hides; of 0 and 1, as integers or not, 0 does.
+        same = mask == mask.flatten()[:1] if mask.is_floating_point() else mask != 0
+        shown = (mask == 0 if 'padding' in name else same & (mask >= 0)).all()
+        if torch.compiler.is_compiling():
+            torch._assert_async(shown, said)
+        elif not mask.is_meta and not shown:
+            raise ValueError(said)
+
+
 _CLASSES: Dict[Type[nn.Module], Type[Host]] = {}  # the host class of each class of modules
 
 
 def _host_class(kind: Type[nn.Module]) -> Type[Host]:
     if kind not in _CLASSES:  # setdefault below: another thread may be here as well
-        _CLASSES.setdefault(kind, type(kind.__name__, (Host, kind), {'__module__': __name__, '_cmr_class': kind}))
+        names = tuple(inspect.signature(kind.forward).parameters)[1:]
+        _CLASSES.setdefault(kind, type(kind.__name__, (Host, kind), {
+            '__module__': __name__, '_cmr_class': kind, '_cmr_names': names}))
     return _CLASSES[kind]
 
 

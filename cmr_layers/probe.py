@@ -1,6 +1,8 @@
-"""Find the channels at the modules of a network by one forward pass of one image.
+"""Find out what flows at the modules of a network, by running it on images.
 
-In general a module does not tell its channels: it may be a block of convolutions, an activation, or pruned.
+In general a module does not tell its channels, nor in which order the axes of its tensors come. Two passes show it. One
+has two images, and the other one image that is twice as wide: the axis of the frames follows the number of images, one
+axis of the places follows the width, and the channels follow neither. :mod:`.sighting` draws the conclusions.
 """
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional, Tuple
@@ -8,45 +10,39 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from .sighting import Form, Pass, Patches, Sighting
+
 __all__ = ['Call', 'evaluating', 'like', 'probe', 'zero_image']
 
 
 class Call:
-    """The inputs and outputs of a module in a forward pass."""
+    """The inputs and outputs of a module in the passes."""
 
-    def __init__(self, name: str, square: bool) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
-        self.square = square  # whether the image is square
-        self.passes: List[Tuple[Any, Any]] = []
+        self.seen: Dict[str, List[Sighting]] = {'before': [], 'after': []}
+        self.patches: Optional[Patches] = None
 
-    def record(self, module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
-        self.passes.append((args[0] if args else None, output))
+    def record(self, run: Pass, args: Tuple[Any, ...], output: Any) -> None:
+        self.seen['before'].append(Sighting.of(run, args[0] if args else None))
+        self.seen['after'].append(Sighting.of(run, output, may_be_first=True))
 
-    @property
-    def input(self) -> Any:
-        return self.passes[0][0] if self.passes else None
+    def form(self, where: str, input_fmt: Optional[str] = None, num_prefix_tokens: Optional[int] = None) -> Form:
+        """Channels and format of the input ('before') or the output ('after').
 
-    def channels(self, where: str) -> int:
-        """Channels C of the input ('before') or the output ('after'), which must be (1, C, H, W)."""
-        side = 'input' if where == 'before' else 'output'
-        if not self.passes:
+        Args:
+            where: 'before' or 'after'.
+            input_fmt: The format, if somebody knows it.
+            num_prefix_tokens: Likewise.
+
+        Raises:
+            ValueError: It is no map and no tokens of the frames, or which of them can't be told.
+        """
+        side = f'the {"input" if where == "before" else "output"} of at={self.name!r}'
+        if not self.seen[where]:
             raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
-        found = {
-            tuple(x.shape) if isinstance(x, Tensor) else 'not positional' if x is None else type(x).__name__
-            for x in (call[where == 'after'] for call in self.passes)}
-        shapes = [shape for shape in found if isinstance(shape, tuple) and len(shape) == 4 and shape[0] == 1]
-        if self.square and any(height == width != channels for _, height, width, channels in shapes):
-            raise ValueError(
-                f'the {side} of at={self.name!r} looks like (N, H, W, C): for one square image it is {shapes[0]}; '
-                f'wanted (N, C, H, W)'
-            )
-        channels = {shape[1] for shape in shapes}
-        if len(shapes) != len(found) or len(channels) != 1:
-            raise ValueError(
-                f'the {side} of at={self.name!r} must be one tensor (N, C, H, W), with N frames and always the same C; '
-                f'for one image it is {", ".join(map(str, sorted(map(str, found))))}'
-            )
-        return int(channels.pop())
+        assert self.patches is not None
+        return self.patches.form(side, self.seen[where], input_fmt, num_prefix_tokens)
 
 
 def probe(
@@ -54,27 +50,70 @@ def probe(
         targets: Dict[str, nn.Module],
         example_input: Optional[Tensor] = None,
 ) -> Dict[str, Call]:
-    """Run the model once on one image, in eval mode and without gradients, and record the calls of the targets."""
+    """Run the model on images, in eval mode and without gradients, and record the calls of the targets."""
     if example_input is None:
         example_input = zero_image(model, _image_size(model))
     elif not isinstance(example_input, Tensor):
         raise TypeError(f'example_input must be a tensor (1, C, H, W), got {type(example_input).__name__}')
     elif example_input.ndim != 4 or example_input.shape[0] != 1:
         raise ValueError(f'example_input must be one image (1, C, H, W), got {list(example_input.shape)}')
-    calls = {name: Call(name, example_input.shape[2] == example_input.shape[3]) for name in targets}
-    handles = [target.register_forward_hook(calls[name].record) for name, target in targets.items()]
+    calls = {name: Call(name) for name in targets}
+    patches = Patches(model)
+    # Images that differ everywhere: tokens that are the same for both belong to no place.
+    images = torch.cat([example_input, _another(example_input)])
+    with evaluating(model):
+        try:
+            _run(model, images, targets, calls, patches)
+        except Exception as error:
+            raise ValueError(
+                f'the model could not run on images of shape {list(images.shape)} to find its channels: {error}. '
+                f'Pass one that it can run on as example_input'
+            ) from error
+        first = {name: (list(call.seen['before']), list(call.seen['after'])) for name, call in calls.items()}
+        try:
+            _run(model, torch.cat([example_input, example_input], 3), targets, calls, patches)
+            # a network may resize its images, and then has seen one size only
+            patches.sizes = 2 if patches.vary() else 1
+        except Exception:  # a network of a fixed size may raise anything
+            patches.sizes = 1
+        if patches.sizes == 1:
+            for name, (before, after) in first.items():
+                calls[name].seen = {'before': before, 'after': after}
+    for call in calls.values():
+        call.patches = patches
+    return calls
+
+
+def _another(image: Tensor) -> Tensor:
+    """An image that is another one at each place."""
+    if not image.is_floating_point():
+        return image.flip(3)
+    generator = None if image.is_meta else torch.Generator(image.device).manual_seed(0)  # leave the user's alone
+    return image + torch.randn(image.shape, device=image.device, generator=generator).to(image.dtype)
+
+
+def _run(
+        model: nn.Module, images: Tensor, targets: Dict[str, nn.Module], calls: Dict[str, Call],
+        patches: Patches,
+) -> None:
+    """One pass, whose calls are recorded. ``patches`` watches all modules."""
+    run = Pass(images.shape[0], images.shape[2], images.shape[3])
+
+    def recorder(call: Call) -> Any:
+        def record(module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
+            call.record(run, args, output)
+        return record
+
+    handles = [target.register_forward_hook(recorder(calls[name])) for name, target in targets.items()]
+    for module in model.modules():
+        handles += [
+            module.register_forward_pre_hook(lambda module, args: patches.look(run, args)),
+            module.register_forward_hook(lambda module, args, output: patches.watch(run, module, output))]
     try:
-        with evaluating(model):
-            model(example_input)
-    except Exception as error:
-        raise ValueError(
-            f'the model could not run on an image of shape {list(example_input.shape)} to find its channels: {error}. '
-            f'Pass one that it can run on as example_input'
-        ) from error
+        model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return calls
 
 
 @contextmanager
@@ -98,10 +137,13 @@ def _in_channels(model: nn.Module) -> int:
 
 
 def _image_size(model: nn.Module) -> Tuple[int, int]:
-    """Height and width that the network declares for timm or transformers, or 224x224."""
+    """Height and width that the network was built for, or declares for timm or transformers, or 224x224."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     config = getattr(model, 'config', None)
-    size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
+    built_for = (getattr(module, 'img_size', None) for module in model.modules())  # what makes patches says it
+    size: Any = next((size for size in built_for if isinstance(size, tuple) and len(size) == 2), None)
+    if not size:
+        size = cfg['input_size'][1:] if 'input_size' in cfg else getattr(config, 'image_size', None) or 224
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     return height, width
 

@@ -129,7 +129,9 @@ def _number(value: Any) -> Any:
 def _layer_config(name: str, layer: Any) -> Config:
     if type(layer) not in _KINDS.values():
         raise ValueError(f'{name} must be a CME, SME or TIM to be saved, got a {type(layer).__name__}')
-    kind: Config = {'kind': type(layer).__name__, 'channels': layer.channels}
+    kind: Config = {
+        'kind': type(layer).__name__, 'channels': layer.channels, 'input_fmt': layer.input_fmt,
+        'num_prefix_tokens': layer.num_prefix_tokens}
     if isinstance(layer, CME):
         kind.update(reduction=layer.reduction, gate_init=None if layer.gate_init is None else float(layer.gate_init))
     elif isinstance(layer, TIM):

@@ -1,11 +1,11 @@
 """Turn a ResNet that somebody else built and trained into a CMR network, in place.
 
-It knows timm's ``ResNet`` class (also as ResNeXt, SE, Res2Net, ResNeSt and SK), the ResNets of torchvision and
-transformers, and any network whose stages ``layer1`` to ``layer4`` hold blocks that pass their input to ``conv1``.
+It knows the ResNets of timm, torchvision, transformers and detectron2, their relatives (ResNetV2, RegNet, NF-ResNet,
+CSP, DLA), and any network whose stages the caller names. :mod:`.residual` finds the stages and the blocks.
 
 Paper: `Learning Comprehensive Motion Representation for Action Recognition` (AAAI 2021)
 """
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Dict, Optional, Sequence, Tuple, Union
 
 from torch import Tensor, nn
 
@@ -14,14 +14,13 @@ from .block import TemporalBlock, is_placed
 from .checks import check_choice, check_positive
 from .clip import ClipLayer
 from .cme import CME
-from .probe import like, probe, zero_image
+from .probe import Call, like, probe, zero_image
+from .residual import Branch, Stages, find_stages, watching
 from .sme import SME
+from .starts import STARTS, start_of
 from .tim import TIM
 
-__all__ = ['retrofit']
-
-# A stage is a list of (name, block).
-Stages = List[List[Tuple[str, nn.Module]]]
+__all__ = ['check_untouched', 'retrofit']
 
 
 def retrofit(
@@ -33,6 +32,7 @@ def retrofit(
         reduction: Union[int, Tuple[int, int]] = 8,
         start: str = 'identity',
         example_input: Optional[Tensor] = None,
+        stages: Optional[Union[str, Sequence[str]]] = None,
 ) -> Report:
     """Put CME and TIM in front of the residual branches of a ResNet, and SME at the end of its blocks, in place.
 
@@ -43,6 +43,16 @@ def retrofit(
     The network still maps frames (B*T, C, H, W) to one output each. Wrap it in :class:`ClipModel` to feed it clips
     (B, T, C, H, W). :func:`restore` gives the original network back. A block that you replace takes its layers with it.
     Stochastic depth and DropBlock are drawn once per clip from now on.
+
+    Stages are found if they are numbered (``layer1`` to ``layerN``, ``res2`` to ``res5``, ``s1`` to ``s4``) or the
+    children of a container (``stages.0``, or ``nn.Sequential(*resnet.children())``), and if their blocks begin with a
+    convolution ``conv1`` or with one of the names of timm's byobnet, transformers and torchvision. So ResNetV2 and BiT,
+    RegNet, NF-ResNet, CSP networks, DLA and CLIP's ResNet are known, too. The layers go in front of the first
+    convolution of the residual branch. In a block that begins with a norm and an activation, that is behind these.
+
+    What is not clear is an error, not a guess. ``stages`` then names the stages. Their blocks may be of any kind that
+    gives its input, or what norms and activations make of it, to a single first convolution. Convolutions below a
+    child named like a shortcut (``downsample``, ``shortcut``, ``skip``, ``identity``, ``proj``) do not count.
 
     The blocks of timm's and torchvision's ``ResNet`` become blocks that run the layers themselves. Adapters, fusing,
     quantizing, SyncBatchNorm's conversion, TorchScript and ``torch.fx`` work on them as on any network. Other blocks
@@ -67,15 +77,19 @@ def retrofit(
         sme: Blocks that take an SME, likewise.
         reduction: CME's reduction, r1 = r2 or (r1, r2).
         start: 'identity' or 'paper', see above.
-        example_input: Input to find the channels with. None: a zero image (1, C, 64, 64) for the first convolution.
+        example_input: Input to find the channels with. None: a zero image (1, C, 64, 64) for the first convolution, or
+            one of the size that the network declares, 224x224 by default, if it does not run on the small one.
+        stages: Names, or patterns such as ``'stages.*'``, of the modules that are stages, in their order. None: the
+            stages are looked for.
 
     Returns:
         The inserted layers and their places.
 
     Raises:
         ValueError: The model holds no ResNet of a known layout, or several. It already has temporal layers. All
-            placements are 'none'. An argument is none of its choices.
-        TypeError: model is no module or a compiled one, or example_input is no tensor.
+            placements are 'none'. An argument is none of its choices. A name in stages matches nothing, or a module
+            without blocks. A block does not begin with one convolution.
+        TypeError: model is no module or a compiled one, example_input is no tensor, or stages are no names.
 
     Example:
         >>> import timm, torch
@@ -88,52 +102,48 @@ def retrofit(
         (20, True)
         >>> ClipModel(resnet, num_frames=4)(images[None]).shape
         torch.Size([1, 1000])
+        >>> convnext = timm.create_model('convnext_atto')
+        >>> len(retrofit(convnext, num_frames=4, stages='stages.*', sme='none'))
+        24
     """
     check_network(model)
     check_positive('num_frames', num_frames)
-    check_choice('start', start, ('identity', 'paper'))
-    _check_untouched(model)
-    kin, entry, stages = _find_stages(model)
+    check_choice('start', start, STARTS)
+    check_untouched(model)
+    places, found = find_stages(model, stages)
     with all_or_nothing(model):
-        blocks = {name: block for stage in stages for name, block in stage}
-        entries = {f'{name}.{entry}': block.get_submodule(entry) for name, block in blocks.items()}
-        if example_input is None:
-            example_input = zero_image(model, (64, 64))  # a small one shows the channels, too
-        calls = probe(model, {**blocks, **entries}, example_input)
-
+        calls, branches = _look(model, found, example_input)
+        entries: Dict[str, str] = {}
         made: Dict[str, Dict[str, ClipLayer]] = {}
-        for stage in stages:
+        for stage in found:
             for name, block in stage:
-                at = f'{name}.{entry}'
-                if calls[at].input is None or calls[at].input is not calls[name].input:
-                    raise ValueError(
-                        f'model ({type(model).__name__}) is not supported: block {name!r} ({type(block).__name__}) '
-                        f'does not hand its input to {entry!r}, where CME and TIM belong. insert() can put the layers '
-                        f'at any module'
-                    )
+                entries[name] = branches[name].entry(model)
                 opens_stage = block is stage[0][1]
                 has_cme, has_tim = is_placed('cme', cme, opens_stage), is_placed('tim', tim, opens_stage)
                 kw = {'num_frames': num_frames, **like(block, model)}
-                identity = start == 'identity'
+                starts = start_of(start, [CME] * has_cme + [TIM] * has_tim)
                 layers = made.setdefault(name, {})
+                if has_cme or has_tim:
+                    before = calls[name].form('before')
+                    kw.update(before.kwargs())
                 if has_cme:
-                    gate_init = None if not identity else 0.5 if has_tim else 0.98
-                    layers['cme'] = CME(
-                        calls[name].channels('before'), reduction=reduction, gate_init=gate_init, **kw)
+                    layers['cme'] = CME(before.channels, reduction=reduction, **starts.get(CME, {}), **kw)
                 if has_tim:
-                    init, gain = ('identity', 2. if has_cme else 1.) if identity else ('tsm', 1.)
-                    layers['tim'] = TIM(calls[name].channels('before'), init=init, gain=gain, **kw)
+                    layers['tim'] = TIM(before.channels, **starts.get(TIM, {}), **kw)
                 if is_placed('sme', sme, opens_stage):
-                    layers['sme'] = SME(calls[name].channels('after'), **kw)
+                    after = calls[name].form('after')
+                    layers['sme'] = SME(after.channels, **{**kw, **after.kwargs()})
         if not any(made.values()):
             raise ValueError(f"nothing to insert: cme={cme!r}, tim={tim!r} and sme={sme!r}; one must not be 'none'")
         insertions = [
-            insertion for name, layers in made.items() for insertion in put_in_block(model, name, entry, layers)]
+            insertion for name, layers in made.items() for insertion
+            in put_in_block(model, name, entries[name], layers)]
         finish(model, num_frames)
-    return Report(f'{type(model).__name__} ({kin})', num_frames, insertions)
+    return Report(f'{type(model).__name__} ({places})', num_frames, insertions)
 
 
-def _check_untouched(model: nn.Module) -> None:
+def check_untouched(model: nn.Module) -> None:
+    """Raise a ValueError if a network has temporal layers already."""
     if any(isinstance(module, TemporalBlock) and not is_adopted(module) for module in model.modules()):
         raise ValueError(
             f'model ({type(model).__name__}) is made of CMR blocks already; choose its layers with cme=, tim= and sme= '
@@ -147,42 +157,16 @@ def _check_untouched(model: nn.Module) -> None:
         )
 
 
-def _layer_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
-    """Stages of timm, torchvision and mmpretrain: layer1 to layer4. They may be empty in a pruned timm network."""
-    names = [f'layer{i}' for i in range(1, 5)]
-    if not all(isinstance(getattr(host, name, None), nn.Sequential) for name in names):
-        return None
-    return [[(f'{prefix}{name}.{i}', block) for i, block in getattr(host, name).named_children()] for name in names]
-
-
-def _encoder_stages(host: nn.Module, prefix: str) -> Optional[Stages]:
-    """Stages of transformers: encoder.stages, each with layers."""
-    stages = getattr(getattr(host, 'encoder', None), 'stages', None)
-    layers = [getattr(stage, 'layers', None) for stage in stages] if isinstance(stages, nn.ModuleList) else [None]
-    return [
-        [(f'{prefix}encoder.stages.{i}.layers.{j}', block) for j, block in stage.named_children()]
-        for i, stage in enumerate(layers) if isinstance(stage, nn.Module)] or None
-
-
-# The layout, the child of a block that begins its residual branch, and the function that lists the stages.
-_LAYOUTS = (
-    ('layer1 to layer4', 'conv1', _layer_stages),
-    ('encoder.stages', 'layer', _encoder_stages),
-)
-
-
-def _find_stages(model: nn.Module) -> Tuple[str, str, Stages]:
-    found: Dict[str, Tuple[str, str, Stages]] = {}
-    for name, host in model.named_modules():
-        for layout, entry, list_stages in _LAYOUTS:
-            stages = list_stages(host, f'{name}.' if name else '')
-            blocks = [block for stage in stages or [] for _, block in stage]
-            if stages and blocks and all(isinstance(getattr(block, entry, None), nn.Module) for block in blocks):
-                found[name or type(model).__name__] = (layout, entry, stages)
-    if len(found) != 1:
-        raise ValueError(
-            f'model ({type(model).__name__}) holds {"several ResNets: " + ", ".join(found) if found else "no ResNet"}; '
-            f'wanted one of timm, torchvision or transformers, or one whose layer1 to layer4 hold blocks with a conv1. '
-            + ('Pass one of them' if found else 'insert() puts the layers in other networks')
-        )
-    return next(iter(found.values()))
+def _look(
+        model: nn.Module, stages: Stages, example_input: Optional[Tensor],
+) -> Tuple[Dict[str, Call], Dict[str, Branch]]:
+    """What the blocks get and give in a forward pass of one image, and their residual branches."""
+    blocks = {name: block for stage in stages for name, block in stage}
+    with watching(stages) as branches:
+        if example_input is not None:
+            return probe(model, blocks, example_input), branches
+        try:
+            # a small image shows the channels, too, and takes less time
+            return probe(model, blocks, zero_image(model, (64, 64))), branches
+        except ValueError:
+            return probe(model, blocks), branches  # an image of the size that the network declares

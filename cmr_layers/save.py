@@ -150,7 +150,8 @@ def _read(path: Path) -> Tuple[Config, Dict[str, Tensor]]:
     if _digest(path / _WEIGHTS, config) != config['sha256']:
         raise ValueError(f'folder={str(path)!r}: {_WEIGHTS} and {_CONFIG} were not written together, or changed since')
     try:
-        return config, load_file(path / _WEIGHTS)
+        # Copies: what is read lies in the mapped file, at addresses for which a product of PyTorch may round otherwise.
+        return config, {key: value.clone() for key, value in load_file(path / _WEIGHTS).items()}
     except SafetensorError as error:
         raise ValueError(f'folder={str(path)!r} has a {_WEIGHTS} that save_model() did not write') from error
 

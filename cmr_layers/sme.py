@@ -27,6 +27,9 @@ class SME(ClipLayer):
     The similarity s is low where a pixel's features point elsewhere in the next frame, so x * (1 - s) keeps the moving
     places only. A dense 1x1 convolution and a batch norm scale that term, and the frame itself is added.
 
+    Of tokens, patch is compared with patch. Prefix tokens have no place that could move: they pass as they are, and the
+    batch norm's statistics leave them out.
+
     The batch norm starts with weight and bias zero, as in the authors' code, so the layer starts as the identity.
     The convolution starts as there: normal with variance 2 / C (Kaiming, fan-out), a bias with PyTorch's default,
     uniform in +-1/sqrt(C).
@@ -37,8 +40,11 @@ class SME(ClipLayer):
         bias: Give the convolution a bias. The batch norm makes it redundant; the authors' checkpoints have one.
         norm_layer: Normalisation after the convolution.
 
+        input_fmt: How the input lies: 'NCHW', 'NHWC' or 'NLC' (tokens), see :class:`ClipLayer`.
+        num_prefix_tokens: Tokens before the patches, only with 'NLC'.
+
     Shapes:
-        (B*T, C, H, W) or (B, T, C, H, W) to the same.
+        (B*T, C, H, W) or (B, T, C, H, W), or what ``input_fmt`` says, to the same.
 
     Raises:
         ValueError: channels or num_frames is no positive int; at call time, another shape (see :class:`ClipLayer`).
@@ -58,11 +64,13 @@ class SME(ClipLayer):
             num_frames: int = 8,
             bias: bool = False,
             norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+            input_fmt: str = 'NCHW',
+            num_prefix_tokens: int = 0,
             device: Any = None,
             dtype: Any = None,
     ) -> None:
         dd = {'device': device, 'dtype': dtype}
-        super().__init__(channels, num_frames)
+        super().__init__(channels, num_frames, input_fmt, num_prefix_tokens)
         self.conv = nn.Conv2d(channels, channels, 1, bias=bias, **dd)
         self.bn = norm_layer(channels, **dd)
         self.reset_parameters()
@@ -83,13 +91,17 @@ class SME(ClipLayer):
             nn.init.zeros_(p)
 
     def similarity(self, x: Tensor) -> Tensor:
-        """Similarity s of equation (7): (B*T, C, H, W) or (B, T, C, H, W) to (B, T, H, W), at least float32."""
-        return reference.similarity(self._clips(x))
+        """Similarity s of equation (7): what the layer takes to (B, T, H, W), of tokens (B, T, L), at least float32."""
+        s = reference.similarity(self._clips(x)[..., self.num_prefix_tokens:])
+        return s.squeeze(2) if self.input_fmt == 'NLC' else s
 
     def forward_clips(self, x: Tensor) -> Tensor:
+        prefix, x = x[..., :self.num_prefix_tokens], x[..., self.num_prefix_tokens:]
         frames = reference.motion(x).flatten(0, 1)
         h = rectify_gradient(self.bn(self.conv(frames)))
         v: Tensor = h.view_as(x) + x                                        # (8)
+        if self.num_prefix_tokens > 0:
+            v = torch.cat([prefix, v], dim=4)
         return v
 
     def forward_frames(self, x: Tensor, num_frames: int) -> Tensor:
@@ -97,12 +109,16 @@ class SME(ClipLayer):
         if not is_pointwise_conv(conv):
             choose(self, 'SME', x, num_frames, obstacle='its convolution is hooked, patched or not a 1x1 nn.Conv2d')
             return super().forward_frames(x, num_frames)
+        prefix = self.num_prefix_tokens
         if type(bn) is nn.Identity and is_bare(bn):  # folded
-            return ops.sme(x, num_frames, conv.weight, conv.bias, None, owner=self)
+            return ops.sme(x, num_frames, conv.weight, conv.bias, None, owner=self, prefix=prefix)
         if is_pytorch_norm(bn) and not bn.training and not torch.is_grad_enabled() and not torch.jit.is_tracing():
             norm = ops.Norm(bn.running_mean, bn.running_var, bn.weight, bn.bias, bn.eps)
-            return ops.sme(x, num_frames, conv.weight, conv.bias, norm, owner=self)
-        v: Tensor = rectify_gradient(bn(ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self))) + x
-        return v
+            return ops.sme(x, num_frames, conv.weight, conv.bias, norm, owner=self, prefix=prefix)
+        h = ops.motion_conv(x, num_frames, conv.weight, conv.bias, owner=self, prefix=prefix)
+        if prefix == 0:
+            v: Tensor = rectify_gradient(bn(h)) + x
+            return v
+        return torch.cat([x[..., :prefix], bn(h[..., prefix:]) + x[..., prefix:]], dim=3)
 
     fuse = fold_norms  # for timm's reparameterize_model

@@ -22,7 +22,8 @@ __all__ = ['TIM']
 class TIM(ClipLayer):
     """Depthwise convolution over time: each channel of each pixel mixes a frame with its neighbours.
 
-    Frames beyond the clip count as zero. ``init`` chooses where training starts:
+    Frames beyond the clip count as zero. Each token, prefix tokens included, mixes with itself in the neighbouring
+    frames. ``init`` chooses where training starts:
 
     - ``'tsm'``: TSM's shift. The first 1/shift_div of the channels read the next frame, the second 1/shift_div the
       previous one, the rest stay.
@@ -38,8 +39,12 @@ class TIM(ClipLayer):
         shift_div: With a TSM start, 1/shift_div of the channels shift each way.
         gain: Factor on the taps' start.
 
+        input_fmt: How the input lies: 'NCHW', 'NHWC' or 'NLC' (tokens), see :class:`ClipLayer`.
+        num_prefix_tokens: Tokens before the patches, only with 'NLC'.
+
     Shapes:
-        (B*T, C, H, W) or (B, T, C, H, W) to the same. The weight is (C, 1, kernel_size), whatever T is.
+        (B*T, C, H, W) or (B, T, C, H, W), or what ``input_fmt`` says, to the same. The weight is (C, 1, kernel_size),
+        whatever T is.
 
     Raises:
         ValueError: An argument is out of its range; at call time, another shape (see :class:`ClipLayer`).
@@ -58,10 +63,12 @@ class TIM(ClipLayer):
             init: str = 'tsm',
             shift_div: int = 8,
             gain: float = 1.0,
+            input_fmt: str = 'NCHW',
+            num_prefix_tokens: int = 0,
             device: Any = None,
             dtype: Any = None,
     ) -> None:
-        super().__init__(channels, num_frames)
+        super().__init__(channels, num_frames, input_fmt, num_prefix_tokens)
         if check_positive('kernel_size', kernel_size) % 2 == 0:
             raise ValueError(f'kernel_size must be odd, got {kernel_size}')
         self.kernel_size = kernel_size

@@ -3,7 +3,7 @@
 Nobody builds these blocks. A block of torchvision becomes one of them and keeps its parts. Other than in timm's blocks,
 one ReLU serves all places. :mod:`.block` has timm's.
 """
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, Tuple
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
@@ -14,6 +14,8 @@ __all__ = ['CMRBasicBlock', 'CMRBottleneck']
 
 
 class _Block(TemporalBlock):
+    last_act = 'relu'
+
     if TYPE_CHECKING:  # TorchScript reads annotations and has no type for modules
         bn1: nn.Module
         conv2: nn.Module
@@ -28,9 +30,14 @@ class CMRBasicBlock(_Block, BasicBlock):  # type: ignore[misc]  # torchvision ha
     """torchvision's BasicBlock with CME and TIM in front of its residual branch and SME at its end."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
+        x, shortcut = self._branches(self._begin(x), x)
+        x += shortcut
+        x = self.relu(x)
+        x = self.sme(x)
 
-        x = self._begin(x)
+        return x
+
+    def _branches(self, x: Tensor, shortcut: Tensor) -> Tuple[Tensor, Tensor]:
         x = self.bn1(x)
         x = self.relu(x)
 
@@ -39,20 +46,21 @@ class CMRBasicBlock(_Block, BasicBlock):  # type: ignore[misc]  # torchvision ha
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
-        x = self.relu(x)
-        x = self.sme(x)
-
-        return x
+        return x, shortcut
 
 
 class CMRBottleneck(_Block, Bottleneck):  # type: ignore[misc]
     """torchvision's Bottleneck with CME and TIM in front of its residual branch and SME at its end."""
 
     def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
+        x, shortcut = self._branches(self._begin(x), x)
+        x += shortcut
+        x = self.relu(x)
+        x = self.sme(x)
 
-        x = self._begin(x)
+        return x
+
+    def _branches(self, x: Tensor, shortcut: Tensor) -> Tuple[Tensor, Tensor]:
         x = self.bn1(x)
         x = self.relu(x)
 
@@ -65,8 +73,4 @@ class CMRBottleneck(_Block, Bottleneck):  # type: ignore[misc]
 
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
-        x = self.relu(x)
-        x = self.sme(x)
-
-        return x
+        return x, shortcut

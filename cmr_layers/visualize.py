@@ -96,7 +96,8 @@ def motion_maps(
         The maps.
 
     Raises:
-        ValueError: The model holds neither layer, a name is no such layer, or a layer did not get one clip of T frames.
+        ValueError: The model holds neither layer, a name is no such layer or one of tokens, or a layer did not get one
+            clip of T frames.
 
     Example:
         >>> import timm, cmr_layers
@@ -110,12 +111,17 @@ def motion_maps(
         raise ValueError(f'clip must be one clip, (1, T, C, H, W) or (T, C, H, W), got {list(clip.shape)}')
     num_frames = clip.shape[-4]
     names = {'gate': _find(model, 'CME', 'gate', cme), 'similarity': _find(model, 'SME', 'similarity', sme)}
-    layers = {name: model.get_submodule(name) for name in names.values() if name is not None}
+    layers: Dict[str, Any] = {name: model.get_submodule(name) for name in names.values() if name is not None}
     if not layers:
         raise ValueError(
             f'model ({type(model).__name__}) holds neither CME nor SME; wanted a cmr_resnet, or a network that '
             f'retrofit() or insert() has changed'
         )
+    for at, layer in layers.items():
+        if layer.input_fmt == 'NLC':
+            raise ValueError(
+                f'{at or "model"} must be a layer of maps to be drawn, got one of tokens, whose places in the image '
+                f'it does not know; pick another by cme= or sme=')
     inputs, output = _inputs(model, clip, layers)
     found: Dict[str, Any] = {'output': output}
     for ask, name in names.items():
@@ -131,7 +137,7 @@ def motion_maps(
         if ask == 'similarity':
             found.update(sme=name, motion=1 - answer[0])
         else:
-            x = rearrange(inputs[name], '... c h w -> (...) c h w')
+            x, _ = layers[name].frames(inputs[name])
             group = min(k, max(1, x.shape[1] // 2))
             top, bottom = top_bottom_channels(x, answer[0], group)
             found.update(cme=name, gates=answer[0], top=top, bottom=bottom, k=group)

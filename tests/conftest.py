@@ -1,4 +1,6 @@
 """What the tests of the layers share."""
+import gc
+
 import pytest
 import torch
 from helpers import randomize
@@ -9,9 +11,27 @@ from cmr_layers import CME, SME, TIM
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """A million objects, none of them garbage: no collection of garbage looks through them, now or in a test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _frozen():
+    """What a test has unfrozen is frozen again."""
+    if not gc.get_freeze_count():
+        gc.freeze()
 
 
 @pytest.fixture(scope='session')

@@ -5,7 +5,9 @@ Tolerances are of the folded network's logits against those of the whole one, re
 amplify any rounding, as much without folding: 1e-3 in float32 (8e-5) and 0.4 in bfloat16 (0.13).
 """
 import io
+import re
 
+import pytest
 import timm
 import torch
 from helpers import anatomy, assert_same, randomize, values
@@ -22,6 +24,10 @@ FAMILY = [
     'cmr_resnext50d_32x4d', 'cmr_wide_resnet50_2', 'cmr_seresnet50',
 ]
 RELEASED = [f'released_cmr_resnet{depth}' for depth in (50, 101, 152)]
+# these repeat the stems and blocks of the others
+REPEATED = r'101|152|resnet34|cmr_resnet50|resnext50d'
+EVERY = [pytest.param(name, marks=pytest.mark.slow if re.search(REPEATED, name) else ())
+         for name in FAMILY + RELEASED]
 # one of each kind of stem, block and shortcut, and of each CME
 KINDS = ['cmr_resnet18', 'cmr_resnet26d', 'released_cmr_resnet50']
 NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)

@@ -142,3 +142,15 @@ def image_net(name='resnet18', **kwargs):
 def res2net():
     """A ResNet whose blocks are changed by hosts, not by their class."""
     return timm.models.ResNet(timm.models.res2net.Bottle2neck, (1, 1, 1, 1), base_width=14, channels=(16, 8, 8, 8))
+
+
+# The settings of a vision tower of transformers that has a ViT's
+SMALL_TRANSFORMER = {
+    'hidden_size': 24, 'num_hidden_layers': 2, 'num_attention_heads': 2, 'intermediate_size': 32, 'image_size': 32,
+    'patch_size': 8}
+
+
+def small_vit(**kwargs):
+    """A ViT of two blocks, 24 channels, a class token and 4x4 patches."""
+    return timm.create_model('vit_tiny_patch16_224', **{
+        'img_size': 32, 'patch_size': 8, 'depth': 2, 'embed_dim': 24, 'num_heads': 2, 'num_classes': 5, **kwargs})

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import timm
 import torch
+import transformers
 from helpers import Mean, net, randomize
 from timm.data import resolve_data_config
 from timm.data.model_config import resolve_input_data_config
@@ -92,17 +93,52 @@ def test_error_a_model_of_clips_is_no_model_of_frames():
             ClipModel(one, 4)
 
 
-def test_clip_model_takes_the_logits_of_a_transformers_output():
-    class Output:
-        def __init__(self, logits):
-            self.logits = logits
+SMALL = {'hidden_sizes': [8, 8, 8, 12], 'depths': [1, 1, 1, 1], 'num_labels': 5}
+TINY_VIT = {'hidden_size': 16, 'num_hidden_layers': 1, 'num_attention_heads': 2, 'intermediate_size': 16,
+            'image_size': 32, 'num_labels': 5}
 
-    class Classifier(nn.Module):
-        def forward(self, x):
-            return Output(x.mean((2, 3)))
 
-    x = torch.randn(2, 4, 3, 2, 2)
-    torch.testing.assert_close(ClipModel(Classifier(), 4)(x), x.mean((1, 3, 4)))
+@pytest.mark.parametrize('kind', ['ResNet', 'ConvNext', 'ViT'])
+def test_clip_model_takes_the_logits_of_a_transformers_output(kind):
+    config = getattr(transformers, f'{kind}Config')(**(TINY_VIT if kind == 'ViT' else SMALL))
+    model, x = getattr(transformers, f'{kind}ForImageClassification')(config).eval(), torch.randn(2, 4, 3, 32, 32)
+    want = model(x.flatten(0, 1)).logits.unflatten(0, (2, 4)).mean(1)
+    got = ClipModel(model, 4)(x)
+    assert got.shape == (2, 5)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize('kind', ['ResNet', 'RegNet', 'ConvNext', 'ViT', 'Dinov2', 'Swin'])
+def test_clip_model_takes_what_a_headless_network_of_transformers_pooled(kind):
+    if kind == 'Swin':
+        sizes = {'embed_dim': 12, 'depths': [1, 1], 'num_heads': [1, 2], 'image_size': 32, 'window_size': 4}
+    else:
+        sizes = TINY_VIT if kind in ('ViT', 'Dinov2') else {**SMALL, 'groups_width': 4}
+    model = getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**sizes)).eval()
+    x = torch.randn(2, 4, 3, 32, 32)
+    pooled = model(x.flatten(0, 1)).pooler_output
+    assert pooled.shape[2:] == ((1, 1) if kind in ('ResNet', 'RegNet') else ())
+    got = ClipModel(model, 4)(x)
+    assert got.ndim == 2
+    torch.testing.assert_close(got, pooled.reshape(2, 4, -1).mean(1))
+
+
+def test_a_headless_network_of_transformers_is_traced_and_exported():
+    model = transformers.ResNetModel(transformers.ResNetConfig(embedding_size=8, layer_type='basic', **SMALL)).eval()
+    video, x = ClipModel(model, 4), torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        want = video(x)
+        torch.testing.assert_close(torch.jit.trace(video, x)(x), want)
+        torch.testing.assert_close(torch.export.export(video, (x,)).module()(x), want)
+
+
+def test_error_an_output_of_transformers_without_vectors():
+    x = torch.randn(2, 4, 3, 32, 32)
+    bare = transformers.ViTModel(transformers.ViTConfig(**TINY_VIT), add_pooling_layer=False)
+    backbone = transformers.ResNetBackbone(transformers.ResNetConfig(embedding_size=8, layer_type='basic', **SMALL))
+    for model, got in ((bare, 'BaseModelOutputWithPooling'), (backbone, 'BackboneOutput')):
+        with pytest.raises(TypeError, match=rf'^model must return .* with logits or pooler_output .*, got {got}$'):
+            ClipModel(model.eval(), 4)(x)
 
 
 def test_clip_model_copies_compiles_exports_and_scripts():
@@ -125,7 +161,9 @@ def test_error_the_model_must_return_one_vector_per_frame(output, got):
         def forward(self, x):
             return output(x)
 
-    message = rf'^model must return a tensor of shape \(B\*T, K\) for the frames of a clip, got {got}$'
+    message = (
+        rf'^model must return a tensor of shape \(B\*T, K\) for the frames of a clip, or an output with logits or '
+        rf'pooler_output of that shape, got {got}$')
     with pytest.raises(TypeError, match=message):
         ClipModel(Model(), 4)(torch.zeros(2, 4, 3, 2, 2))
 
@@ -380,3 +418,19 @@ def test_error_layers_of_another_clip_length_later(compiled):
     with pytest.raises((ValueError, RuntimeError), match=r'num_frames=4, but|Observed exception'):
         run(x)
     torch._dynamo.reset()
+
+
+def test_error_a_layer_that_comes_later_or_is_set_by_hand():
+    # whatever happens to the network after it was wrapped, the next call sees it
+    model, x = ClipModel(net(), 4), torch.randn(2, 4, 3, 5, 7)
+    model(x)
+    model.model.append(nn.Sequential(nn.Identity(), TIM(8, num_frames=2)))
+    with pytest.raises(ValueError, match=r'^num_frames=4, but \S+\.1 of the model has num_frames=2'):
+        model(x)
+    model.model[-1][1].num_frames = 4
+    model.model[-1] = None
+    del model.model[-1]
+    model(x)
+    next(m for m in model.modules() if isinstance(m, TIM)).num_frames = 8
+    with pytest.raises(ValueError, match=r'has num_frames=8'):
+        model(x)

@@ -80,7 +80,8 @@ def test_layers_and_keys_of_each_name(name):
     assert [(k, v.shape) for k, v in ours.items() if k not in temporal] == [(k, v.shape) for k, v in image.items()]
     assert {k.split('.')[2] for k in temporal} == {'cme', 'tim', 'sme'}
     assert all(v.is_meta for v in ours.values())
-    if BLOCKS[name] <= 16:     # deeper ones only take longer
+    # deeper ones only take longer
+    if BLOCKS[name] <= 8 or name in ('resnext50_32x4d', 'wide_resnet50_2', 'seresnet50'):
         assert model(torch.empty(2, 8, 3, 32, 32, device='meta')).shape == (2, 1000)
 
 
@@ -683,8 +684,9 @@ def dynamo():
 
 
 def shallow():
-    """A block in each stage: deeper networks take a compiler longer, and have nothing else in them."""
+    """Two stages of a block: deeper networks take a compiler longer, and have nothing else in them."""
     model = CMRResNet(CMRBasicBlock, (1, 1, 1, 1), num_frames=T, num_classes=5, **SMALL['resnet18'])
+    model.layer3, model.layer4 = nn.Sequential(), nn.Sequential()
     return randomize(model).eval()
 
 
@@ -703,9 +705,11 @@ def test_compile_trains(dynamo):
         torch.testing.assert_close(p.grad, q.grad)
 
 
-def test_export_with_a_dynamic_batch():
-    model = shallow()
-    program = torch.export.export(model, (clips(3),), dynamic_shapes=({0: torch.export.Dim('b', min=1, max=16)},))
+@pytest.mark.parametrize('grad', [True, False])
+def test_export_with_a_dynamic_batch(grad):
+    model, batches = shallow(), torch.export.Dim('b', min=1, max=16)
+    with torch.set_grad_enabled(grad):
+        program = torch.export.export(model, (clips(3),), dynamic_shapes=({0: batches},))
     for batch in (1, 2, 5):
         x = clips(batch)
         torch.testing.assert_close(program.module()(x), model(x))
@@ -713,7 +717,7 @@ def test_export_with_a_dynamic_batch():
 
 @pytest.mark.parametrize('arch, consensus', [('resnet18', 'logits'), ('resnet26', 'features')])
 def test_torchscript(arch, consensus):
-    model, file = small(arch, consensus=consensus, drop_rate=.5), io.BytesIO()
+    model, file = small(arch, consensus=consensus, drop_rate=.5, layers=(2, 1, 1, 1)), io.BytesIO()
     torch.jit.save(torch.jit.script(model), file)
     file.seek(0)
     scripted, x = torch.jit.load(file), clips()

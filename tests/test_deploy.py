@@ -9,7 +9,8 @@ import pickle
 import pytest
 import timm
 import torch
-from folding import FAMILY, KINDS, RELEASED, T, assert_folds, assert_near, clips, norms, resaved, small
+from fake_cuda import fake_cuda
+from folding import EVERY, KINDS, T, assert_folds, assert_near, clips, norms, resaved, small
 from helpers import anatomy, assert_same, randomize, values
 from timm.models import create_feature_extractor
 from timm.utils import freeze, reparameterize_model
@@ -29,7 +30,7 @@ def folded(model, x):
 
 # The family
 
-@pytest.mark.parametrize('name', FAMILY + RELEASED)
+@pytest.mark.parametrize('name', EVERY)
 def test_every_network_computes_what_it_did(name):
     model, x = small(name), clips()
     assert norms(model)
@@ -40,7 +41,8 @@ def test_every_network_computes_what_it_did(name):
     assert_folds(model.double(), x.double(), 1e-11)
 
 
-@pytest.mark.parametrize('name', ['cmr_resnet18', 'cmr_resnet50'])
+@pytest.mark.parametrize('name', [
+    'cmr_resnet18', 'cmr_resnet26', pytest.param('cmr_resnet50', marks=pytest.mark.slow)])
 def test_at_full_width(name):
     model, x = randomize(timm.create_model(name, num_classes=5, num_frames=2)).eval(), clips(1, 2)
     half = copy.deepcopy(model).bfloat16()
@@ -50,7 +52,7 @@ def test_at_full_width(name):
         assert_near(model.bfloat16()(x.bfloat16()), half(x.bfloat16()), .05)
 
 
-@pytest.mark.parametrize('name', FAMILY + RELEASED)
+@pytest.mark.parametrize('name', EVERY)
 def test_no_batch_norm_is_left_at_full_width(name):
     model = timm.create_model(name, device='meta', num_frames=2).eval()
     keys, gone = set(model.state_dict()), set(norms(model))
@@ -229,7 +231,8 @@ def test_error_a_folded_network_is_not_saved(tmp_path):
 
 @pytest.mark.parametrize('name', KINDS)
 def test_torchscript_before_and_after(name):
-    model, x = small(name), clips()
+    # deeper ones only take longer; what was released has one depth a name
+    model, x = small(name, **({} if name.startswith('released') else {'layers': (2, 1, 1, 1)})), clips()
     for network in (model, folded(model, x)):
         torch.testing.assert_close(torch.jit.script(network)(x), network(x))
 
@@ -263,7 +266,7 @@ def test_features_only(name, feature_cls):
 
 def test_compile_and_export():
     torch._dynamo.reset()
-    model, x = small(), clips()
+    model, x = small(layers=(1, 1, 1, 1)), clips()
     fold(model, x)
     want = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='aot_eager')(x), want)
@@ -299,6 +302,29 @@ def test_error_other_input_than_captured(x, got):
     with pytest.raises(TypeError, match=f'^x must be a tensor of {wanted}, got list$'):
         _check_like([x], static)
     _check_like(torch.ones(2, 3), static)
+
+
+@torch.no_grad()
+def test_graphed_without_a_gpu():
+    # the graph is recorded and run again, operation by operation
+    model = small()
+    fold(model, clips())
+    inputs = [clips() for _ in range(3)]
+    with fake_cuda():
+        run = graphed(model, inputs[0])
+        got = [run(x) for x in inputs]
+        for y, x in zip(got, inputs, strict=True):
+            assert_near(y, model(x), 1e-5)
+            assert not y.is_inference()
+        with pytest.raises(ValueError, match=r'^x must be a tensor of .* as the graph was captured with, got '):
+            run(inputs[0][:1])
+        for part in (model, model.layer1, model.layer4[0].tim):  # every module is looked at, at every replay
+            part.training = True
+            with pytest.raises(ValueError, match=r'^model must be in eval mode, got one in training mode'):
+                run(inputs[0])
+            part.training = False
+        assert torch.equal(run(inputs[1]), got[1])
+    assert not torch.equal(got[0], got[1])
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='CUDA graphs need a GPU')

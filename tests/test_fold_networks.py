@@ -97,8 +97,15 @@ LAYERS = {
 }
 
 
+# with each layer at each place, and left alone for each reason; the others take as long and find no more
+SOME = [
+    'densenet121', 'dla46_c', 'edgenext_xx_small', 'ghostnet_050', 'levit_conv_128s', 'mixnet_s', 'mobilenetv2_035',
+    'mobilenetv3_small_050', 'regnetx_002', 'repvgg_a0', 'repvit_m0_9', 'resnetv2_18', 'tf_efficientnet_lite0']
+
+
 @torch.no_grad()
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=() if name in SOME else pytest.mark.slow) for name in NETWORKS])
 def test_networks_of_timm(name):
     size, num_folded, num_left = NETWORKS[name]
     model = timm.create_model(name, num_classes=5)
@@ -117,4 +124,5 @@ def test_networks_of_timm(name):
 
 
 def test_no_list_of_networks_is_short():
-    assert len(NETWORKS) >= 40 and all(name in NETWORKS for name in LAYERS)
+    assert len(NETWORKS) >= 40 and all(name in NETWORKS for name in (*LAYERS, *SOME))
+    assert {LAYERS[name][::2] for name in SOME if name in LAYERS} == {found[::2] for found in LAYERS.values()}

@@ -40,14 +40,15 @@ def folder_with_a_video(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize('step', [0, 1, 2])
+@pytest.mark.parametrize('step', [0, 1, 2, 3])
 def test_step_runs_as_printed(step, weights_without_a_hub):
     code = snippets(README)
-    assert len(code) == 3
+    assert len(code) == 4
     scope = {}
     exec(code[step], scope)
-    assert scope['logits'].shape == [(2, 174), (2, 1000), (2, 1000)][step]
-    assert weights_without_a_hub == ['timm/resnet50.a1_in1k'] * (step < 2)
+    assert scope['logits'].shape == [(2, 174), (2, 1000), (1, 174), (2, 1000)][step]
+    resnet = ['timm/resnet50.a1_in1k']
+    assert weights_without_a_hub == [resnet, resnet, ['timm/vit_base_patch16_224.augreg2_in21k_ft_in1k'], []][step]
 
 
 @pytest.mark.parametrize('page', [name for name, text in PAGES.items() if snippets(text)])

@@ -639,7 +639,8 @@ def test_the_folder_holds_json_and_safetensors(folder):
     config = json.loads((folder / 'config.json').read_text())
     assert config['timm']['name'] == 'resnet18' and config['num_frames'] == config['clip_model'] == T
     assert config['layers']['layer1.0.cme'] == {
-        'kind': 'CME', 'channels': 64, 'reduction': [8, 8], 'gate_init': .5}
+        'kind': 'CME', 'channels': 64, 'reduction': [8, 8], 'gate_init': .5,
+        'input_fmt': 'NCHW', 'num_prefix_tokens': 0}
 
 
 # timm's own way

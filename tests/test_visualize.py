@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cmr_layers
-from cmr_layers import CME, SME, ClipModel
+from cmr_layers import CME, SME, ClipModel, adapt
 from cmr_layers.visualize import MotionMaps, figure5, motion_agreement, motion_maps, top_bottom_channels
 
 T = 4
@@ -311,3 +311,16 @@ class TestFigure5:
         monkeypatch.setitem(sys.modules, 'matplotlib', None)
         with pytest.raises(ImportError, match=r'pip install "cmr-layers\[video\]"'):
             figure5(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), MotionMaps(output=None))
+
+
+def test_maps_of_layers_with_channels_last_and_none_of_tokens():
+    kwargs = {'img_size': 32, 'window_size': 4, 'depths': (1, 1), 'embed_dim': 16, 'num_heads': (2, 2)}
+    swin = timm.create_model('swin_tiny_patch4_window7_224', **kwargs)
+    adapt(swin, 4)
+    maps = motion_maps(swin, torch.randn(4, 3, 32, 32))
+    assert maps.cme == 'layers.0.blocks.0.norm1.cme' and maps.top.shape == maps.motion.shape == (4, 8, 8)
+    assert maps.gates.shape == (4, 16)
+    vit = timm.create_model('vit_tiny_patch16_224', img_size=32, depth=1)
+    adapt(vit, 4)
+    with pytest.raises(ValueError, match=r'^blocks.0.attn.cme must be a layer of maps to be drawn, got one of tokens'):
+        motion_maps(vit, torch.randn(4, 3, 32, 32))

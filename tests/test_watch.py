@@ -284,6 +284,10 @@ class Called(nn.Conv2d):
 
 
 class Half(nn.Conv2d):
+    def reset_parameters(self):
+        super().reset_parameters()
+        nn.init.uniform_(self._parameters['bias'])    # what the property returned was another tensor
+
     @property
     def bias(self):
         return self._parameters['bias'] / 2

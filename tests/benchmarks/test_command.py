@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def main(monkeypatch, *args):
 def test_a_run_goes_on_where_its_file_ends(tmp_path, monkeypatch, capsys):
     out, asked = tmp_path / 'r.json', []
 
-    def fake(study, number, deadline, tick):
+    def fake(study, number, *_):
         asked.append((study.name, number))
         return [entry(c.model, c.mode, setting=c.setting, width=c.width, training=c.training)
                 for c in study.candidates]
@@ -137,6 +138,34 @@ def test_results_of_two_machines_are_not_mixed(tmp_path, monkeypatch, capsys):
     assert main(monkeypatch, *args) == 2
     assert 'has machine "another", this run' in capsys.readouterr().err
     assert json.loads(out.read_text())['machine'] == 'another'
+
+
+def test_a_process_that_is_lost_is_replaced_by_a_fresh_one(tmp_path, monkeypatch, capsys):
+    out, restarts = tmp_path / 'r.json', []
+
+    def lost(study, *_):
+        entries = [entry(c.model, c.mode, setting=c.setting) for c in study.candidates]
+        raise cli.ProcessLost('cmr, graph (too bad)', entries[:2])
+
+    class Replaced(BaseException):
+        pass
+
+    def execv(program, args):
+        restarts.append((args, os.environ[cli.RESTARTED]))
+        raise Replaced
+    monkeypatch.setattr(cli, 'measure', lost)
+    monkeypatch.setattr(os, 'execv', execv)
+    monkeypatch.setenv(cli.RESTARTED, '0 0')
+    args = ['--studies', 'latency', '--models', 'cmr', '--size', '64', '--rounds', '2', '--passes', '1', '--out', out]
+    with pytest.raises(Replaced):
+        main(monkeypatch, *args)
+    [(command, found)] = restarts
+    assert command[1:] == sys.orig_argv[1:] and found.split()[0] == '1'
+    assert float(found.split()[1]) == pytest.approx(time.monotonic() + 24 * 3600, abs=60)  # when the time is up
+    assert len(json.loads(out.read_text())['units'][0]['entries']) == 2  # what it had
+    monkeypatch.setenv(cli.RESTARTED, f'{cli.MAX_RESTARTS} {time.monotonic() + 60}')
+    assert main(monkeypatch, *args, '--fresh') == 1 and len(restarts) == 1
+    assert 'run the command again, with --out, for what is left' in capsys.readouterr().err
 
 
 def test_no_progress_bar_without_its_extra(monkeypatch):

@@ -1,15 +1,19 @@
 """One pass of the benchmarks: what is built is folded, checked, timed, and left out with its reason."""
+import contextlib
+import gc
 import math
 from functools import partial
 
 import pytest
 import torch
 from benchmark_results import BASE
+from fake_cuda import fake_cuda
 from torch import nn
 
 from benchmarks.runtime import measure as measuring
 from benchmarks.runtime import models, operators, plan, workshop
 from benchmarks.runtime.candidate import Candidate, Setting
+from benchmarks.runtime.journal import Journal
 from benchmarks.runtime.results import NO_TIME
 from benchmarks.runtime.timing import Deadline
 from benchmarks.runtime.workshop import Workshop
@@ -18,12 +22,18 @@ from cmr_layers.ops import path as ops_path
 THIN = .25  # of the width of a ResNet-50
 
 
+@pytest.fixture(autouse=True)
+def _collections_stay_short(monkeypatch):
+    """What is timed here unfreezes what it froze, and all that the tests have loaded with it."""
+    monkeypatch.setattr(gc, 'unfreeze', lambda: None)
+
+
 def study(*pairs, rounds=2, training=False, width=THIN, name='latency', setting=BASE):
     return plan.Study(name, tuple(Candidate(*pair, setting, width, training) for pair in pairs), 1, rounds)
 
 
-def measure(given, number=0, seconds=600, tick=lambda: None):
-    return measuring.measure(given, number, Deadline(seconds), tick)
+def measure(given, number=0, seconds=600, tick=lambda: None, journal=None):
+    return measuring.measure(given, number, Deadline(seconds), tick, journal)
 
 
 # Building
@@ -163,3 +173,98 @@ def test_tf32_is_allowed_where_it_is_meant_and_put_back():
         with workshop.precision(BASE._replace(dtype=dtype)):
             assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == allowed
         assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+# Who costs the process its life, on a GPU that is none
+
+CUDA = BASE._replace(device='cuda', frames=2, size=8)
+
+
+class Waits(nn.Module):
+    """Its forward waits for the device, which no graph can capture."""
+
+    def forward(self, x):
+        return x.mean((2, 3)) * x.new_ones(1).item()
+
+
+def graphs(*names):
+    return study(*((name, 'graph') for name in names), setting=CUDA, width=1, name='frames')
+
+
+def test_a_capture_that_fails_leaves_the_others_alone(monkeypatch, capsys):
+    replaced(monkeypatch, lambda **_: Waits())
+    with fake_cuda():
+        first, bad, last = measure(graphs('layer tim', 'tsm', 'layer shift'))
+    assert 'not permitted when stream is capturing' in bad['missing']
+    assert len(first['samples']) == len(last['samples']) == 2
+
+
+@pytest.mark.slow
+def test_a_capture_that_poisons_the_process_is_the_last_of_it(monkeypatch, capsys, tmp_path):
+    replaced(monkeypatch, lambda **_: Waits())
+    poisoned, path = [], tmp_path / 'r.journal'
+
+    def can_capture():
+        poisoned.append(True)
+        return False
+    monkeypatch.setattr(measuring, 'can_capture', can_capture)
+    journal = Journal(path)
+    with fake_cuda(), pytest.raises(measuring.ProcessLost, match=r'tsm, graph .*not permitted') as lost:
+        measure(graphs('layer tim', 'tsm', 'layer shift'), journal=journal)
+    first, bad, last = lost.value.entries
+    assert poisoned == [True] and last['missing'] == NO_TIME
+    assert len(first['samples']) == 2  # what was captured before can be replayed
+    # a fresh process leaves it alone, and has the rest
+    with fake_cuda():
+        first, again, last = measure(graphs('layer tim', 'tsm', 'layer shift'), journal=Journal(path))
+    assert again['missing'] == bad['missing'] and len(first['samples']) == len(last['samples']) == 2
+    assert poisoned == [True]
+
+
+@pytest.mark.slow
+def test_a_device_that_is_lost_while_it_is_timed_leaves_all_to_the_next_process(monkeypatch, capsys):
+    def lost(*args):
+        raise RuntimeError('CUDA error: an illegal memory access was encountered')
+    monkeypatch.setattr(measuring.timing, 'interleave', lost)
+    monkeypatch.setattr(measuring, 'can_capture', lambda: False)
+    with fake_cuda():
+        monkeypatch.setattr(torch.cuda, 'synchronize', lambda: None)
+        with pytest.raises(RuntimeError, match='illegal memory access'):  # it does answer: somebody else's fault
+            measure(graphs('layer tim'))
+        monkeypatch.setattr(measuring, '_lives', lambda: False)
+        with pytest.raises(measuring.ProcessLost, match='while frames was timed') as reason:
+            measure(graphs('layer tim', 'layer shift'))
+    assert [e['missing'] for e in reason.value.entries] == [NO_TIME] * 2
+
+
+def test_who_ends_two_processes_is_not_tried_a_third_time(tmp_path):
+    path, c = tmp_path / 'r.journal', Candidate('tsm', 'graph', CUDA)
+    for _ in range(2):
+        journal = Journal(path)
+        assert not journal.failed
+        left = journal.attempt(c)
+        left.__enter__()  # and the process ends
+    assert Journal(path).failed == {c: 'its process ended 2 times before it was ready'}
+    assert not Journal(path).anew().failed
+    with contextlib.suppress(ValueError), Journal(path).attempt(c):
+        raise ValueError
+    assert not Journal(path).attempts  # an exception is no end
+    Journal(path).close()
+    assert not path.exists()
+
+
+def test_a_layer_in_a_graph_is_swept_over_all_its_inputs(monkeypatch):
+    c, shop = Candidate('layer cme', 'graph', CUDA._replace(size=2)), Workshop()
+    with fake_cuda():
+        sweep, inputs = shop.run(c), shop.inputs(c)
+        assert sweep.calls == len(inputs) > 1
+        assert measuring._error(c, sweep, shop) < .01
+        calls, interleave = [], measuring.timing.interleave
+
+        def count(candidates, *args):
+            calls.extend(candidates)
+            samples = interleave(candidates, *args)
+            return samples._replace(time={key: [2. * sweep.calls] * 2 for key in samples.time})
+        monkeypatch.setattr(measuring.timing, 'interleave', count)
+        entry, = measure(plan.Study('layers', (c,), 1, 2))
+    assert entry['samples'] == [2., 2.] and calls == [c]  # seconds of one call

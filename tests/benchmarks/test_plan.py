@@ -7,7 +7,7 @@ import torch
 from benchmark_results import BASE
 
 from benchmarks.runtime import goals, models, operators, plan
-from benchmarks.runtime.candidate import MODES, ON
+from benchmarks.runtime.candidate import MODES, ON, Candidate
 from benchmarks.runtime.workshop import build
 from cmr_layers import CME, SME, TIM, released
 
@@ -126,7 +126,9 @@ def test_studies_hold_what_they_promise(device):
         at = {}
         for c in study.candidates:
             at.setdefault((c.mode, c.setting, c.width, c.training), set()).add(c.model)
-        if name not in ('layers', 'operators'):
+        if name == 'backbones':  # each beside itself
+            assert all(group == set(models.BACKBONES) for key, group in at.items() if MODES[key[0]].path == 'auto')
+        elif name not in ('layers', 'operators'):
             assert all(group >= set(plan.BASES) for key, group in at.items() if MODES[key[0]].path == 'auto'), name
     every = [c for study in found.values() for c in study.candidates]
     assert len(set(every)) == len(every)  # one number for one question
@@ -163,9 +165,56 @@ def test_operators_are_measured_forward_and_backward_in_three_forms_each_by_itse
 
 def test_what_is_compiled_comes_last_and_in_the_first_pass_only():
     study, = plan.studies(['latency'], BASE, 3, 4)
+    assert study.of_pass(0) == study and {study.first_pass(c) for c in study.candidates} == {0}
     compiled = [c.compiles for c in study.of_pass(0).candidates]
     assert compiled == sorted(compiled) and any(compiled)
     assert study.of_pass(1).candidates == tuple(c for c in study.candidates if not c.compiles)
+
+
+CUDA = BASE._replace(device='cuda', size=224)
+
+
+@pytest.mark.parametrize('name', plan.STUDIES)
+def test_on_cuda_the_first_pass_has_what_is_worth_most_and_the_second_the_rest(name):
+    study, = plan.studies([name], CUDA, 3, 4)
+    first, second, third = (study.of_pass(number).candidates for number in range(3))
+    assert {*first, *second} == set(study.candidates)
+    assert all((c in first) == (study.first_pass(c) == 0) for c in study.candidates)
+    assert all(c.compiles for c in set(first) - set(second))  # nothing is compiled twice
+    assert set(third) == {c for c in study.candidates if not c.compiles}
+    if name in ('latency', 'throughput'):
+        at = {(c.model, c.mode) for c in first}
+        assert at >= {(model, mode) for model in ('tsn', 'tsm', 'tei', 'stm', 'tdrl', 'cme', 'sme', 'cmr')
+                      for mode in ('unfolded', 'graph', 'compiled-graph')}
+        compiled = [c.compiles for c in first]
+        assert compiled == sorted(compiled) and [c.model for c in first][:5] == ['tsn', 'tsn', 'tsn', 'cmr', 'cmr']
+        assert len(first) < 35
+
+
+def test_on_cuda_all_goals_are_judged_after_the_first_pass():
+    first = {c for study in plan.studies(list(plan.STUDIES), CUDA, 3, 4) for c in study.of_pass(0).candidates}
+    for goal in (goal for goal in goals.GOALS if goal.device == 'cuda'):
+        for model, modes in (('cmr', goal.modes), (goal.base, goal.base_modes)):
+            for mode in modes:
+                wanted = Candidate(model, mode, CUDA._replace(batch=goal.batch), 1, goal.what != 'inference')
+                assert wanted in first, (goal, wanted)
+
+
+def test_on_cuda_a_choice_that_leaves_the_first_pass_nothing_has_one_all_the_same():
+    study, = plan.studies(['latency'], CUDA, 3, 4, ['gsm'], ['folded'])
+    assert [c.model for c in study.of_pass(0).candidates] == ['tsn']  # of Table 7, and judged
+    study, = plan.studies(['latency'], CUDA, 3, 4, ['gsm'], ['reference'])
+    assert study.of_pass(0) == study and len(study.candidates) == 3
+
+
+def test_on_cuda_captures_that_may_fail_come_last():
+    for name in ('latency', 'frames'):
+        study, = plan.studies([name], CUDA, 3, 4)
+        shelf = [c.model in models.OFF_THE_SHELF and c.mode == 'graph' for c in study.of_pass(1).candidates]
+        assert shelf == sorted(shelf)
+    assert study.candidates[-1].model == 'mvit_v2_s'
+    study, = plan.studies(['layers'], CUDA, 3, 4)
+    assert {c.mode for c in study.candidates} == {'graph'}
 
 
 def test_clips_of_eight_frames_leave_out_who_takes_sixteen():

@@ -16,26 +16,52 @@ DEVICES = ('cpu', 'cuda')
 
 
 def kernel(name, sm, reg, failures=()):
-    return {'kernel': name, 'sm': sm, 'reg': reg, 'shared': 100 * reg, 'stack': 0, 'tensor_cores': ['HMMA'],
-            'failures': list(failures)}
+    run = {'conflicts': reg / 10, 'resident': reg} if sm == 90 else {}
+    return {'kernel': name, 'sm': sm, 'reg': reg, 'shared': 100 * reg, 'stack': 0, 'barriers': 5, 'barriers_in_loop': 2,
+            'tensor_cores': ['HMMA'], **run, 'failures': list(failures)}
 
 
 def test_table_of_kernels_has_the_worst_variant():
     rows, head = cells(report.render_kernels({
-        **ORIGIN, 'kernels': [kernel('_a', 80, 10), kernel('_a', 80, 30), kernel('_a', 90, 20, ['no HGMMA'])]}))
-    assert [row[head.index('variants')] for row in rows] == ['2', '1']
-    assert rows[0][head.index('registers, at most')] == '30'
-    assert rows[0][head.index('bytes of shared memory, at most')] == '3000'
-    assert [row[-1] for row in rows] == ['ok', '1 fail']
+        **ORIGIN, 'kernels': [kernel('_a', 80, 30), kernel('_a', 90, 10), kernel('_a', 90, 20, ['no HGMMA']),
+                              kernel('_b', 80, 10)]}))
+    assert [row[head.index('variants')] for row in rows] == ['3', '1']
+    assert [row[head.index('registers')] for row in rows] == ['30', '10']
+    assert rows[0][head.index('bytes of shared memory')] == '3000'
+    assert [row[head.index('bank conflicts')] for row in rows] == ['2.0', '']
+    assert [row[head.index('programs at once')] for row in rows] == ['10', '']
+    assert [row[-1] for row in rows] == ['1 fail', 'ok']
+
+
+def test_predictions_are_compared_and_named_so():
+    def sums(time, ratio):
+        part = {'time': time, 'floor': 10., 'launches': 2}
+        return {'sums': {'1': {**part, 'kernels': {'_a': part}, 'ratio': ratio}}}
+
+    now, before, fused = {**ORIGIN, **sums(20., [1.1, 1.2])}, sums(50., [1.5, 2.]), sums(15., [1.05, 1.1])
+    text = report.render_prediction(now, before, fused)
+    assert text.startswith('Predicted, not measured.')
+    rows, head = cells(text)
+    assert [row[0] for row in rows] == ['`_a`', 'all', 'CMR over plain']
+    assert head[1:] == [
+        'launches before', 'us before', 'launches now', 'us now', 'launches fused', 'us fused', 'floor, us']
+    assert rows[0][1:] == ['2', '50', '2', '20', '2', '15', '10']
+    assert rows[2][1:] == ['', '1.50 to 2.00', '', '1.10 to 1.20', '', '1.05 to 1.10', '']
+    alone, head = cells(report.render_prediction(now))
+    assert head[1:] == ['launches now', 'us now', 'floor, us'] and alone[0][1:] == ['2', '20', '10']
 
 
 def test_every_section_has_its_page():
     found = report.pages()
-    assert set(found) == {'docs/benchmarks.md', 'docs/performance.md', 'docs/paper.md', 'docs/testing.md'}
+    assert set(found) == {
+        'README.md',
+        *(f'docs/{page}.md' for page in ('backbones', 'benchmarks', 'performance', 'paper', 'testing', 'training'))}
     assert set(found['docs/benchmarks.md']) == {
         'counts', 'goals', *(f'{device}-{name}' for device in DEVICES for name in ('plot', *tables.SECTIONS))}
-    assert set(found['docs/performance.md']) == {'kernels'}
+    assert set(found['docs/performance.md']) == {
+        'kernels', 'kernels-prediction', 'gpu-checks', 'gpu-kernels', 'gpu-bf16'}
     assert set(found['docs/paper.md']) == {'flops'} and set(found['docs/testing.md']) == {'timm-suite'}
+    assert set(found['README.md']) == {'coverage', 'frozen'} and set(found['docs/training.md']) == {'frozen-training'}
 
 
 def test_what_has_no_results_says_which_command_makes_them(tmp_path):
@@ -44,6 +70,8 @@ def test_what_has_no_results_says_which_command_makes_them(tmp_path):
             assert 'not measured yet' in text
             if name == 'goals':
                 assert text.count('not measured yet') == len(goals.GOALS)
+            elif name.startswith(('gpu-', 'cuda-')) and not name.endswith('plot'):
+                assert text == 'not measured yet: `python -m benchmarks.gpu`'
             elif not name.endswith('plot'):
                 assert re.fullmatch(r'not measured yet: `python .* --out benchmarks/results/\S+\.json`', text)
 

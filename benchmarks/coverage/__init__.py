@@ -1,0 +1,1 @@
+"""How many image networks take temporal layers: ``adapt`` tried on all that the packages have."""
