@@ -99,6 +99,8 @@ def _check_masks(place: Place, kwargs: Dict[str, Any]) -> None:
     transformers makes masks that hide nothing when it is traced. In an exported graph no mask is looked at.
     """
     for name, mask in kwargs.items():
+        if isinstance(mask, dict):
+            _check_masks(place, {f'{name}[{key!r}]': value for key, value in mask.items()})
         if 'mask' not in name or not isinstance(mask, torch.Tensor) or torch.compiler.is_exporting():
             continue
         said = (f'{place.at} runs {", ".join(place.layers)} and must get no {name} that hides tokens: the layers know '

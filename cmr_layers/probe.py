@@ -18,8 +18,9 @@ __all__ = ['Call', 'evaluating', 'like', 'probe', 'zero_image']
 class Call:
     """The inputs and outputs of a module in the passes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, around: List[nn.Module]) -> None:
         self.name = name
+        self.around = around  # the module and those that hold it
         self.seen: Dict[str, List[Sighting]] = {'before': [], 'after': []}
         self.patches: Optional[Patches] = None
 
@@ -42,7 +43,7 @@ class Call:
         if not self.seen[where]:
             raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
         assert self.patches is not None
-        return self.patches.form(side, self.seen[where], input_fmt, num_prefix_tokens)
+        return self.patches.form(side, self.around, self.seen[where], input_fmt, num_prefix_tokens)
 
 
 def probe(
@@ -57,7 +58,7 @@ def probe(
         raise TypeError(f'example_input must be a tensor (1, C, H, W), got {type(example_input).__name__}')
     elif example_input.ndim != 4 or example_input.shape[0] != 1:
         raise ValueError(f'example_input must be one image (1, C, H, W), got {list(example_input.shape)}')
-    calls = {name: Call(name) for name in targets}
+    calls = {name: Call(name, _around(model, name)) for name in targets}
     patches = Patches(model)
     # Images that differ everywhere: tokens that are the same for both belong to no place.
     images = torch.cat([example_input, _another(example_input)])
@@ -84,6 +85,11 @@ def probe(
     return calls
 
 
+def _around(model: nn.Module, name: str) -> List[nn.Module]:
+    parts = name.split('.') if name else []
+    return [model.get_submodule('.'.join(parts[:n])) for n in range(len(parts) + 1)]
+
+
 def _another(image: Tensor) -> Tensor:
     """An image that is another one at each place."""
     if not image.is_floating_point():
@@ -107,7 +113,7 @@ def _run(
     handles = [target.register_forward_hook(recorder(calls[name])) for name, target in targets.items()]
     for module in model.modules():
         handles += [
-            module.register_forward_pre_hook(lambda module, args: patches.look(run, args)),
+            module.register_forward_pre_hook(lambda module, args: patches.look(run, module, args)),
             module.register_forward_hook(lambda module, args, output: patches.watch(run, module, output))]
     try:
         model(images)

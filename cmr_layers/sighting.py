@@ -3,7 +3,7 @@
 Nothing is guessed. What can't be told is an error that offers the argument which tells it.
 """
 import re
-from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Set, Tuple, Type
 
 from torch import Tensor, nn
 
@@ -16,6 +16,8 @@ Shape = Tuple[int, ...]
 _TOKENS = re.compile(r'(cls|class|dist|distillation|reg|register)_?(embedding|tokens?)')
 # Attributes that count the heads of an attention.
 _HEADS = ('num_heads', 'heads', 'n_heads', 'num_attention_heads')
+# Modules that take and return maps (N, C, H, W) and nothing else.
+_OF_MAPS = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 _WANTED = '(N, C, H, W), (N, H, W, C) or (N, L, C), with N frames and always the same C'
 
 
@@ -43,6 +45,7 @@ class Sighting(NamedTuple):
     run: Pass
     shape: Optional[Shape]
     other: str = ''
+    cube: Optional[Tensor] = None  # the tensor, if C, H and W are equal
 
     @classmethod
     def of(cls, run: Pass, x: Any, may_be_first: bool = False) -> 'Sighting':
@@ -53,7 +56,7 @@ class Sighting(NamedTuple):
             return cls(run, None, 'not positional' if x is None else type(x).__name__)
         if not x.is_floating_point():
             return cls(run, None, f'{str(x.dtype).removeprefix("torch.")} of {list(x.shape)}')
-        return cls(run, tuple(x.shape))
+        return cls(run, tuple(x.shape), cube=x if _is_cube(x) else None)
 
     def __str__(self) -> str:
         n, height, width = self.run
@@ -69,6 +72,8 @@ class Patches:
         self.fixed: Dict[int, List[bool]] = {}  # for a number of tokens, whether each was the same for both images
         self.counts: Set[int] = set()  # numbers of tokens
         self.shapes: Dict[Tuple[nn.Module, Pass], Set[Shape]] = {}  # of what modules returned for a frame
+        self.cubes: List[Tensor] = []  # maps (N, C, H, W) whose C, H and W are equal
+        self.windowed: Set[Type[nn.Module]] = set()  # classes of modules that took parts of frames
         counts = {getattr(m, 'num_prefix_tokens', None) for m in model.modules()}
         tokens = [p.shape[-2] if p.ndim > 1 else 1 for name, p in model.named_parameters()
                   if _TOKENS.match(name.rpartition('.')[2])]
@@ -86,11 +91,15 @@ class Patches:
         x = output[0] if type(output) is tuple and output else output
         if isinstance(x, Tensor) and x.ndim and x.shape[0] == run.images:
             self.shapes.setdefault((module, run), set()).add(tuple(x.shape[1:]))
-        self.look(run, x)
+        self.look(run, module, x)
 
-    def look(self, run: Pass, x: Any) -> None:
+    def look(self, run: Pass, module: nn.Module, x: Any) -> None:
         """Look at what a module takes or returned for two images, which differ everywhere."""
         x = x[0] if type(x) is tuple and x else x
+        if isinstance(x, Tensor) and isinstance(module, _OF_MAPS) and _is_cube(x):
+            self.cubes.append(x)
+        if isinstance(x, Tensor) and x.ndim > 2 and x.shape[0] != run.images and x.shape[0] % run.images == 0:
+            self.windowed.add(type(module))
         if isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == run.images == 2:
             self.counts.add(x.shape[1])
             if x.shape[1] not in self.fixed and x.numel() and not x.is_meta:
@@ -104,7 +113,8 @@ class Patches:
         return any(seen.setdefault(module, shapes) != shapes for (module, _), shapes in self.shapes.items())
 
     def form(
-            self, side: str, seen: List[Sighting], input_fmt: Optional[str], num_prefix_tokens: Optional[int],
+            self, side: str, around: List[nn.Module], seen: List[Sighting], input_fmt: Optional[str],
+            num_prefix_tokens: Optional[int],
     ) -> Form:
         """What a layer has to be at a place where these were seen; see :meth:`.probe.Call.form`."""
         said = '; '.join(dict.fromkeys(map(str, seen)))
@@ -115,6 +125,8 @@ class Patches:
             input_fmt = 'NLC'
         shapes = [(sighting.run, sighting.shape) for sighting in seen if sighting.shape is not None]
         formats = {self._format(*one, input_fmt) for one in zip(*_by_size(shapes))}
+        if formats == {'?'} and all(any(sighting.cube is cube for cube in self.cubes) for sighting in seen):
+            formats = {'NCHW'}
         if len(formats) != 1 or '' in formats or '?' in formats:
             if any(len(shape) == 4 and self._is_attention(shape) for _, shape in shapes):
                 raise ValueError(
@@ -122,6 +134,11 @@ class Patches:
                     f"{said}; wanted {_WANTED}. Choose the block around it, or pass input_fmt='NCHW' if it is a map")
             raise ValueError(_complaint(side, said, shapes, '?' in formats))
         fmt = formats.pop()
+        if input_fmt is None and self.sizes == 1 and any(self._may_take_windows(m, len(shapes[0][1])) for m in around):
+            raise ValueError(
+                f'{side} may be one of several windows in a larger image, and layers would take windows for frames: it '
+                f'is {said}, and the model ran on images of one size only. Choose the block around it, or pass '
+                f'input_fmt={fmt!r} if it has one entry for each frame at each size that you use')
         axis = {'NCHW': 1, 'NHWC': 3, 'NLC': 2}[fmt]
         channels = {shape[axis] for _, shape in shapes}
         if len(channels) != 1:
@@ -148,9 +165,14 @@ class Patches:
                 fits = [fmt for fmt, axis in (('NLC', 1), ('NCL', 2)) if self._are_tokens(one, other, axis)]
         if fits == ['NLC', 'NCL'] and one[1][2] in self.features and one[1][1] not in self.features:
             fits = ['NLC']
-        if fits == ['NCHW', 'NHWC'] and one[1][3] not in self.features:
-            fits = ['NCHW']
         return '?' if len(fits) > 1 else '' if fits in ([], ['NCL']) else fits[0]
+
+    def _may_take_windows(self, module: nn.Module, ndim: int) -> bool:
+        """Whether other modules of its class took windows, or its class has the name of one that does."""
+        kind = type(module)
+        if kind.__module__.startswith('torch.nn.'):
+            return False
+        return kind in self.windowed or (ndim == 3 and 'window' in kind.__name__.lower())
 
     def _is_attention(self, shape: Shape) -> bool:
         """Whether the second axis may be the heads of an attention, of tokens or of channels."""
@@ -192,6 +214,10 @@ class Patches:
                 f'{", ".join(f"{count} {why}" for why, count in answers.items()) or "nothing says it"}; it is {said}. '
                 f'Pass num_prefix_tokens=, such as 1 for a class token')
         return next(iter(answers.values()))
+
+
+def _is_cube(x: Tensor) -> bool:
+    return x.ndim == 4 and x.shape[1] == x.shape[2] == x.shape[3]
 
 
 def _by_size(shapes: List[Tuple[Pass, Shape]]) -> Tuple[List[Tuple[Pass, Shape]], List[Tuple[Pass, Shape]]]:

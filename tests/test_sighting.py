@@ -54,6 +54,46 @@ def test_a_cube_is_told_by_the_second_size_or_by_the_user():
     assert forms(swin(**fixed), 'layers.0', input_fmt='NHWC') == [(8, 'NHWC', 0)]
 
 
+class Fixed(Wrap):
+    """Runs on images of 24x24 only, where maps are cubes of 12x12x12."""
+
+    def __init__(self, function, *modules):
+        super().__init__(function)
+        self.conv, self.more = nn.Conv2d(3, 12, 2, 2), nn.Sequential(*modules)
+
+    def forward(self, x):
+        if x.shape[2:] != (24, 24):
+            raise ValueError('24x24 only')
+        return self.more(self.block(self.function(self.conv(x)))).flatten(1)
+
+
+@pytest.mark.parametrize('modules', [(nn.Conv2d(12, 2, 1),), (nn.MaxPool2d(2),), (nn.ReLU(), nn.Conv2d(12, 2, 1))])
+def test_a_cube_is_told_by_a_convolution_or_a_pool(modules):
+    image = torch.zeros(1, 3, 24, 24)
+    at_map = 'more.0' if type(modules[0]) is nn.ReLU else 'block'
+    assert forms(Fixed(lambda x: x, *modules), at_map, 'after' if at_map == 'more.0' else 'before',
+                 example_input=image) == [(12, 'NCHW', 0)]
+    for function in (lambda x: x.transpose(1, 3), lambda x: x * 1):  # nothing else than a map's neighbours is known
+        with pytest.raises(ValueError, match=r"it is \[2, 12, 12, 12\] for 2 images of 24x24. Pass input_fmt='NCHW', "):
+            forms(Fixed(function, nn.ReLU(), *modules), 'block', example_input=image)
+    assert forms(Fixed(lambda x: x, nn.Flatten()), 'conv', 'after', example_input=image) == [(12, 'NCHW', 0)]
+
+
+def test_one_window_of_a_network_that_shows_one_size_may_become_several():
+    for at, where in (('layers.1.blocks.0.attn', 'before'), ('layers.1.blocks.0.attn.proj', 'after')):
+        with pytest.raises(ValueError, match=(
+                rf"at='{at}' may be one of several windows in a larger image, and layers would take windows for "
+                rf"frames: it is \[2, 16, 32\] for 2 images of 32x32, .* pass input_fmt='NLC' if it has one entry for")):
+            forms(swin(), at, where)
+        assert forms(swin(), at, where, input_fmt='NLC') == [(32, 'NLC', 0)]
+    with pytest.raises(ValueError, match='may be one of several windows'):  # no other window shows it
+        forms(swin(depths=(1,), num_heads=(2,), window_size=8, embed_dim=24), 'layers.0.blocks.0.attn')
+    model = swin()
+    assert forms(model, 'layers.*.blocks.*') == [(16, 'NHWC', 0), (32, 'NHWC', 0)]
+    model.set_input_size((64, 64))
+    assert model(torch.zeros(T, 3, 64, 64)).shape == (T, 1000)
+
+
 def test_blocks_of_patches_are_no_channels():
     model = timm.create_model('nest_tiny', device='meta')
     with pytest.raises(ValueError, match=r'must be one tensor, .* it is \[2, 16, 196, 96\] for 2 images of 224x224'):

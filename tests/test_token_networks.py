@@ -57,6 +57,29 @@ def test_masks_of_every_kind(mask, shown, by_name):
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize('masks, name', [
+    ({'attention_mask': {'full': HIDDEN.bool()}}, r"attention_mask\['full'\]"),
+    ({'batch': {'key_padding_mask': HIDDEN.bool()}}, r"batch\['key_padding_mask'\]"),
+])
+def test_masks_within_a_dictionary(masks, name):
+    class Block(nn.Linear):
+        def forward(self, x, **kwargs):
+            return super().forward(x)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(3, 8, 4, 4), Block(8, 8)
+
+        def forward(self, x, **kwargs):
+            return self.block(self.conv(x).flatten(2).transpose(1, 2), **kwargs).mean(1)
+
+    model, x = Net(), torch.randn(2 * T, 3, 16, 16)
+    insert(model, TIM, 'block', 'before', T, example_input=x[:1])
+    with pytest.raises(ValueError, match=f'^block runs block.tim and must get no {name} that hides tokens'):
+        model(x, **masks)
+
+
 def test_masks_of_transformers_are_positional():
     model = transformers.ViTModel(transformers.ViTConfig(**SMALL_TRANSFORMER)).eval()
     at = next(name for name, _ in model.named_modules() if name.endswith('layers.0'))
