@@ -83,8 +83,8 @@ def insert(
     Raises:
         ValueError: A name or pattern matches nothing. ``where`` is not 'before' or 'after'. A module does not run, has
             no frames there in a format that is known, or does not have the forward of its class. Several formats, or
-            numbers of prefix tokens, are possible. The model has layers with another num_frames. A layer argument is
-            out of its range, or one that ``start`` sets.
+            numbers of prefix tokens, are possible, or it may take windows of a larger image. The model has
+            layers with another num_frames. A layer argument is out of its range, or one that ``start`` sets.
         TypeError: model is no module or a compiled one, layer is no class of a layer, or example_input is no tensor.
 
     Example:

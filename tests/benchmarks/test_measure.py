@@ -1,6 +1,5 @@
 """One pass of the benchmarks: what is built is folded, checked, timed, and left out with its reason."""
 import contextlib
-import gc
 import math
 from functools import partial
 
@@ -20,12 +19,6 @@ from benchmarks.runtime.workshop import Workshop
 from cmr_layers.ops import path as ops_path
 
 THIN = .25  # of the width of a ResNet-50
-
-
-@pytest.fixture(autouse=True)
-def _collections_stay_short(monkeypatch):
-    """What is timed here unfreezes what it froze, and all that the tests have loaded with it."""
-    monkeypatch.setattr(gc, 'unfreeze', lambda: None)
 
 
 def study(*pairs, rounds=2, training=False, width=THIN, name='latency', setting=BASE):

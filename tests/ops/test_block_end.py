@@ -13,6 +13,7 @@ from cmr_layers.ops.block_end import splits
 
 pytest.importorskip('triton')
 pytestmark = [
+    pytest.mark.pairwise,
     # numpy, under the interpreter, warns of what these tests provoke
     pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning'),
     pytest.mark.usefixtures('unwritten_shows')]

@@ -13,6 +13,8 @@ from cmr_layers import CME, SME, TIM
 from cmr_layers.cme_tim import run
 from cmr_layers.ops import explain, use_path
 
+pytestmark = pytest.mark.pairwise
+
 T, C, SIZE = 3, 10, (5, 3)
 LAYERS = {'CME': partial(CME, reduction=2), 'SME': SME, 'TIM': TIM}
 FORMATS = [('NHWC', 0), ('NLC', 0), ('NLC', 1), ('NLC', 5)]

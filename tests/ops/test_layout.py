@@ -20,7 +20,8 @@ from cmr_layers.ops.layout import dense, rectify_gradient
 T, C = 2, 6
 SIZES = [(5, 1), (1, 5), (1, 1), (4, 3)]
 # numpy, under Triton's interpreter, warns of norms that are zero
-pytestmark = pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning')
+pytestmark = [
+    pytest.mark.pairwise, pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning')]
 
 
 class Begin(nn.Module):

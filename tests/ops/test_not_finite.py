@@ -9,6 +9,7 @@ from cmr_layers import ops
 from cmr_layers.ops import reference as law
 
 pytestmark = [
+    pytest.mark.pairwise,
     pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero|All-NaN slice):RuntimeWarning'),
     pytest.mark.usefixtures('small_blocks')]
 

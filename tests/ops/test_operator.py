@@ -17,7 +17,8 @@ from cmr_layers.ops import path as switch
 
 OPS = torch.ops.cmr_layers
 # numpy, under the interpreter, warns of norms that are zero
-pytestmark = pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning')
+pytestmark = [
+    pytest.mark.pairwise, pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning')]
 
 
 def new(*shape, dtype=torch.float32, requires_grad=False, layout=contiguous):

@@ -24,6 +24,7 @@ from cmr_layers.ops import blocks, plain_sme, products
 from cmr_layers.ops import reference as law
 
 pytestmark = [
+    pytest.mark.pairwise,
     # numpy, under the interpreter, warns of what these tests provoke
     pytest.mark.filterwarnings('ignore:(overflow|invalid value|divide by zero):RuntimeWarning'),
     pytest.mark.usefixtures('small_blocks', 'unwritten_shows')]
