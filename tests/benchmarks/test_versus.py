@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import versus
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -25,8 +27,12 @@ def test_a_checkout_against_itself(tmp_path):
     assert pairs[0] > 0 and case['ratio']['median'] == pytest.approx(pairs[1])  # how near 1 it is, the machine decides
 
 
-def test_error_no_case_and_no_checkout(tmp_path):
-    assert "argument --only: no case contains 'nothing'" in run('--only', 'nothing').stderr
-    done = subprocess.run(
-        [sys.executable, '-m', 'benchmarks.versus', str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert 'argument before: must be a checkout of this repository' in done.stderr
+def test_error_no_case_and_no_checkout(tmp_path, monkeypatch, capsys):
+    for before, only, message in (
+            (ROOT, 'nothing', "argument --only: no case contains 'nothing'"),
+            (tmp_path, '', 'argument before: must be a checkout of this repository')):
+        monkeypatch.setattr(sys, 'argv', ['versus', str(before), '--only', only])
+        with pytest.raises(SystemExit) as stop:
+            versus.main()
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
