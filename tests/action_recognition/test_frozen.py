@@ -112,7 +112,7 @@ def test_temporal_layers_have_a_learning_rate_of_their_own():
     groups = make_optimizer(model, config, 1).param_groups
     layers = temporal_keys(model)
     assert {(group['lr'], group['weight_decay']) for group in groups} == {
-        (lr, decay) for lr in (config.lr, 15 * config.lr) for decay in (0., config.weight_decay)}
+        (lr, decay) for lr in (config.lr, 3 * config.lr) for decay in (0., config.weight_decay)}
     names = {id(p): name for name, p in model.named_parameters()}
     assert all((names[id(p)] in layers) == (group['lr'] > config.lr) for group in groups for p in group['params'])
     assert sum(len(group['params']) for group in groups) == len(names)
