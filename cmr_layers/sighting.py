@@ -134,7 +134,7 @@ class Patches:
                     f"{said}; wanted {_WANTED}. Choose the block around it, or pass input_fmt='NCHW' if it is a map")
             raise ValueError(_complaint(side, said, shapes, '?' in formats))
         fmt = formats.pop()
-        if input_fmt is None and self.sizes == 1 and any(self._may_take_windows(m, len(shapes[0][1])) for m in around):
+        if input_fmt is None and self.sizes == 1 and any(self._may_take_windows(m, shapes[0][1]) for m in around):
             raise ValueError(
                 f'{side} may be one of several windows in a larger image, and layers would take windows for frames: it '
                 f'is {said}, and the model ran on images of one size only. Choose the block around it, or pass '
@@ -167,12 +167,15 @@ class Patches:
             fits = ['NLC']
         return '?' if len(fits) > 1 else '' if fits in ([], ['NCL']) else fits[0]
 
-    def _may_take_windows(self, module: nn.Module, ndim: int) -> bool:
+    def _may_take_windows(self, module: nn.Module, shape: Shape) -> bool:
         """Whether other modules of its class took windows, or its class has the name of one that does."""
         kind = type(module)
         if kind.__module__.startswith('torch.nn.'):
             return False
-        return kind in self.windowed or (ndim == 3 and 'window' in kind.__name__.lower())
+        if len(shape) == 3 and 'window' in kind.__name__.lower():
+            return True
+        whole = len(shape) == 3 and any(shape[1] - count in self.grids for count in {0, *self.declared})
+        return kind in self.windowed and not whole
 
     def _is_attention(self, shape: Shape) -> bool:
         """Whether the second axis may be the heads of an attention, of tokens or of channels."""

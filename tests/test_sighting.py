@@ -86,6 +86,9 @@ def test_one_window_of_a_network_that_shows_one_size_may_become_several():
         assert forms(swin(), at, where, input_fmt='NLC') == [(32, 'NLC', 0)]
     with pytest.raises(ValueError, match='may be one of several windows'):  # no other window shows it
         forms(swin(depths=(1,), num_heads=(2,), window_size=8, embed_dim=24), 'layers.0.blocks.0.attn')
+    # tokens that are as many as the network's patches are no window, though others of their class take windows
+    model = timm.create_model('tnt_s_legacy_patch16_224', depth=1, device='meta')
+    assert forms(model, 'blocks.0.attn_out') == [(384, 'NLC', 1)]
     model = swin()
     assert forms(model, 'layers.*.blocks.*') == [(16, 'NHWC', 0), (32, 'NHWC', 0)]
     model.set_input_size((64, 64))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.coverage.check import check
-from benchmarks.coverage.others import PACKAGES, networks
+from benchmarks.coverage.others import PACKAGES, installed, networks
 from benchmarks.coverage.summary import summary
 from benchmarks.coverage.timm_names import build, families, sizes, structure
 from benchmarks.coverage.values import check_values
@@ -140,7 +140,7 @@ def main() -> None:
     results = summary(journal.lines)
     print(json.dumps(results['timm']['total']))
     if args.out:
-        write(args.out, {**describe(), **results})
+        write(args.out, {**describe(*installed()), **results})
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ import fnmatch
 import importlib.util
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import packages_distributions
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from benchmarks.coverage.check import check
 
-__all__ = ['PACKAGES', 'networks']
+__all__ = ['PACKAGES', 'installed', 'networks']
 
 _Found = dict[str, Any]
 _TINY: dict[str, Any] = {'hidden_size': 32, 'num_hidden_layers': 4, 'num_attention_heads': 2, 'intermediate_size': 64,
@@ -106,6 +107,12 @@ PACKAGES: dict[str, tuple[Callable[[], list[str]], Callable[[str], _Found]]] = {
     'transformers': (lambda: list(_TOWERS), _transformers),
     'open_clip': (lambda: list(_OPEN_CLIP), _open_clip),
 }
+
+
+def installed() -> list[str]:
+    """The distributions, as pip names them, of those packages that are here."""
+    distributions = packages_distributions()
+    return [distributions[package][0] for package in PACKAGES if package in distributions]
 
 
 def networks(package: str) -> dict[str, Callable[[], _Found]]:

@@ -38,6 +38,7 @@ def test_the_command_finds_what_works_and_what_does_not(monkeypatch, tmp_path, c
     assert (total['names'], total['all'], total['some']) == (3, 2, 1)
     failure, = results['timm']['failures']
     assert failure['names'] == ['selecsls42b'] and 'list' in failure['reason']
+    assert {'timm', 'torchvision', 'transformers'} <= results['versions'].keys()
     assert results['not tried'] == ['torchvision', 'transformers', 'open_clip']
     assert '2 of 3 names' in render_total(results) and 'selecsls42b' in render_failures(results)
     assert '| `resnet` | 2 | 1 | 2 | 0 | 0 |' in render(results)
