@@ -46,7 +46,7 @@ def adapt(
     (N, C, H, W), maps (N, H, W, C) and tokens (N, L, C) are told apart as :func:`insert` does it.
 
     The network still maps frames (B*T, C, H, W) to one output each. Wrap it in :class:`ClipModel` to feed it clips.
-    :func:`restore` takes the layers out again.
+    :func:`restore` takes the layers out again. What was frozen stays frozen.
 
     Args:
         model: The network.

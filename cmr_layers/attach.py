@@ -26,6 +26,7 @@ from .checks import check_module
 from .clip import ClipLayer
 from .drop import ClipDrop, share_drops
 from .hosts import Guard, Host, Place, host, unhost
+from .snapshot import Snapshot
 
 __all__ = [
     'Insertion', 'Report', 'all_or_nothing', 'attach', 'check_network', 'finish', 'image_network', 'is_adopted',
@@ -115,10 +116,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
 
     Parameters that are made in the block can be trained, even if PyTorch's inference mode is on around it.
     """
-    before = [
-        (module, type(module), {key: dict(value) if isinstance(value, dict) else value
-                                for key, value in vars(module).items()})
-        for module in model.modules()]
+    before = Snapshot(model)
     guards = [(guard, guard.places) for module in model.modules() if (guard := Guard.of(module)) is not None]
     try:
         with torch.inference_mode(False):
@@ -126,18 +124,7 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     except BaseException:
         for guard, places in guards:
             guard.places = places
-        for module, kind, attributes in before:
-            now = vars(module)
-            if type(module) is not kind:
-                module.__class__ = kind
-            for key in now.keys() - attributes.keys():
-                del now[key]
-            for key, value in attributes.items():
-                if isinstance(value, dict) and isinstance(now.get(key), dict):
-                    now[key].clear()  # keep the dictionary: handles of hooks point to it
-                    now[key].update(value)
-                else:
-                    now[key] = value
+        before.undo()
         raise
 
 
@@ -236,7 +223,8 @@ def _describe(module: Any, cfg: Any) -> None:
 def restore(model: nn.Module) -> nn.Module:
     """Take out all layers that :func:`insert` and :func:`retrofit` put in. The original network is left, bit for bit.
 
-    Changes by others stay: a fused or quantized module, an adapter. An interrupted call leaves the network as it was.
+    Changes by others stay: a fused or quantized module, an adapter, and what is frozen. An interrupted call leaves the
+    network as it was.
 
     Args:
         model: The network that was passed to them, a copy of it, or any module that holds such layers. After you

@@ -9,10 +9,11 @@ from .checks import check_module
 from .clip import ClipLayer, temporal_keys
 from .clip_model import ClipModel
 
-__all__ = ['TrainableParameters', 'freeze', 'train_mode', 'trainable_parameters']
+__all__ = ['TrainableParameters', 'bare_norms', 'freeze', 'train_mode', 'trainable_parameters']
 
 # Where a network without timm's get_classifier() has its head.
 _HEADS = ('classifier', 'head', 'fc')
+_DISTILLED = ('classifier_distill', 'dist_head')  # transformers' networks average what these say with the head
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
@@ -133,7 +134,8 @@ def freeze(
 def train_mode(model: nn.Module) -> nn.Module:
     """Put a network into training mode, but not the batch norms that are frozen: they keep their statistics.
 
-    A batch norm is frozen if none of its parameters train. One without parameters goes with the module before it.
+    A batch norm is frozen if none of its parameters train. One without parameters goes with the parameters beside it,
+    those of the nearest module around it that has any: it is frozen if not all of them train.
 
     Args:
         model: A network, as :func:`freeze` left it or frozen in any other way.
@@ -151,16 +153,30 @@ def train_mode(model: nn.Module) -> nn.Module:
     """
     check_module('model', model)
     model.train()
-    own = _in_layers(model)
-    learns = True  # whether the last module with parameters learns
-    for module in model.modules():
-        parameters = list(module.parameters(recurse=False))
-        if parameters and module not in own:
-            learns = any(p.requires_grad for p in parameters)
+    bare = bare_norms(model)
+    for name, module in model.named_modules():
         if isinstance(module, _BATCH_NORM):
-            trains = any(p.requires_grad for p in parameters) if parameters else learns
-            module.train(trains)
+            module.train(bare[name] if name in bare else any(p.requires_grad for p in module.parameters()))
     return model
+
+
+def bare_norms(model: nn.Module) -> Dict[str, bool]:
+    """Batch norms without parameters, by name, and whether they train: as all parameters beside them do."""
+    temporal = temporal_keys(model)
+    found = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, _BATCH_NORM) or any(True for _ in module.parameters()):
+            continue
+        beside: List[nn.Parameter] = []
+        around = name
+        while around and not beside:
+            around = around.rpartition('.')[0]
+            inside = f'{around}.' if around else ''
+            layer = isinstance(model.get_submodule(around), ClipLayer)
+            beside = [p for key, p in model.get_submodule(around).named_parameters()
+                      if layer or inside + key not in temporal]
+        found[name] = all(p.requires_grad for p in beside)
+    return found
 
 
 def _in_layers(model: nn.Module) -> Set[nn.Module]:
@@ -199,7 +215,8 @@ def _found_heads(model: nn.Module) -> List[nn.Module]:
     found = get_classifier() if callable(get_classifier) else None
     parts: List[Any] = list(found) if isinstance(found, (list, tuple)) else [found]  # distilled networks have two
     if get_classifier is None:
-        parts = [getattr(network, name) for name in _HEADS if isinstance(getattr(network, name, None), nn.Module)][:1]
+        first = next((name for name in _HEADS if isinstance(getattr(network, name, None), nn.Module)), '')
+        parts = [getattr(network, name, None) for name in (first, *_DISTILLED)]
     heads = [part for part in parts if isinstance(part, nn.Module) and any(True for _ in part.parameters())]
     if not heads:
         raise ValueError(

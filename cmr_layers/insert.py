@@ -117,6 +117,8 @@ def insert(
     with all_or_nothing(model):
         with _spies(model, targets) as spies:
             calls = probe(model, targets, example_input)
+        for call in calls.values():
+            call.check_alone(where)
         forms = {name: calls[name].form(where, input_fmt, num_prefix_tokens) for name in targets}
         insertions = _put(model, kinds, arguments, forms, where, num_frames, spies)
         finish(model, num_frames)
@@ -220,10 +222,13 @@ def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:
 
 class _Spy(nn.Module):
     """A child that nobody calls by name. If it runs, its parent runs all its children and can't hold a layer."""
-    ran = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs: List[int] = []  # of numbers of arguments; a list, as attributes that a pass sets are put back
 
     def forward(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self.ran = True
+        self.runs.append(len(args))
         return x
 
 
@@ -250,7 +255,7 @@ def _upwards(name: str) -> List[str]:
 def _owner(model: nn.Module, at: str, spies: Dict[str, _Spy]) -> str:
     """Name of the module to hold the layer: the target, or the nearest one above that does not run all its children."""
     for name in _upwards(at):
-        if name in spies and not spies[name].ran:
+        if name in spies and not spies[name].runs:
             return name
     raise ValueError(
         f'model ({type(model).__name__}) runs all its children one by one and has no module to hold the layer at '

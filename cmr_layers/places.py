@@ -83,9 +83,11 @@ class Block:
         raise ValueError(f'the block {self.name!r} has no module that runs once and takes frames')
 
     def is_head(self, calls: Dict[str, Call]) -> bool:
-        """Whether it takes one vector of each image: such a perceptron comes after the blocks."""
-        seen = calls[self.name].seen['before']
-        return bool(seen) and all(sighting.shape is not None and len(sighting.shape) == 2 for sighting in seen)
+        """Whether it takes one vector of each image, or returns a class token alone: it comes after the blocks."""
+        before, after = (
+            [sighting.shape or () for sighting in calls[self.name].seen[where]] for where in ('before', 'after'))
+        return bool(before) and (
+            all(len(shape) == 2 for shape in before) or all(len(shape) == 3 and shape[1] == 1 for shape in after))
 
     def takes(self, calls: Dict[str, Call], sizes: int) -> bool:
         """Whether layers have a place in it."""

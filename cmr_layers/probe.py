@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .sighting import Form, Pass, Patches, Sighting
+from .snapshot import Snapshot
 
 __all__ = ['Call', 'evaluating', 'like', 'probe', 'zero_image']
 
@@ -23,8 +24,10 @@ class Call:
         self.around = around  # the module and those that hold it
         self.seen: Dict[str, List[Sighting]] = {'before': [], 'after': []}
         self.patches: Optional[Patches] = None
+        self.shares = False  # whether the first argument is another one, too, as query, key and value may be one
 
-    def record(self, run: Pass, args: Tuple[Any, ...], output: Any) -> None:
+    def record(self, run: Pass, args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> None:
+        self.shares |= any(x is args[0] for x in (*args[1:], *kwargs.values()) if args)
         self.seen['before'].append(Sighting.of(run, args[0] if args else None))
         self.seen['after'].append(Sighting.of(run, output, may_be_first=True))
 
@@ -37,13 +40,26 @@ class Call:
             num_prefix_tokens: Likewise.
 
         Raises:
-            ValueError: It is no map and no tokens of the frames, or which of them can't be told.
+            ValueError: It is no map and no tokens of the frames, or which of them can't be told. Layers there would not
+                run in inference.
         """
         side = f'the {"input" if where == "before" else "output"} of at={self.name!r}'
         if not self.seen[where]:
             raise ValueError(f'at={self.name!r} does not run in a forward pass of the model; wanted a module that does')
+        if any(isinstance(module, nn.TransformerEncoderLayer) for module in self.around[:-1]):
+            raise ValueError(
+                f'at={self.name!r} must not be inside of an nn.TransformerEncoderLayer, which does not run its modules '
+                f'in inference, but reads their weights; choose the nn.TransformerEncoderLayer itself')
         assert self.patches is not None
         return self.patches.form(side, self.around, self.seen[where], input_fmt, num_prefix_tokens)
+
+
+    def check_alone(self, where: str) -> None:
+        """Raise a ValueError if layers would change one argument of several that are the same tensor."""
+        if where == 'before' and self.shares:
+            raise ValueError(
+                f'the input of at={self.name!r} must be one argument, got a tensor that is passed twice, such as query '
+                f'and key: layers would change the first only. Choose the module before it, or the block around it')
 
 
 def probe(
@@ -62,7 +78,7 @@ def probe(
     patches = Patches(model)
     # Images that differ everywhere: tokens that are the same for both belong to no place.
     images = torch.cat([example_input, _another(example_input)])
-    with evaluating(model):
+    with _unchanged(model), evaluating(model):
         try:
             _run(model, images, targets, calls, patches)
         except Exception as error:
@@ -106,11 +122,12 @@ def _run(
     run = Pass(images.shape[0], images.shape[2], images.shape[3])
 
     def recorder(call: Call) -> Any:
-        def record(module: nn.Module, args: Tuple[Any, ...], output: Any) -> None:
-            call.record(run, args, output)
+        def record(module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> None:
+            call.record(run, args, kwargs, output)
         return record
 
-    handles = [target.register_forward_hook(recorder(calls[name])) for name, target in targets.items()]
+    handles = [
+        target.register_forward_hook(recorder(calls[name]), with_kwargs=True) for name, target in targets.items()]
     for module in model.modules():
         handles += [
             module.register_forward_pre_hook(lambda module, args: patches.look(run, module, args)),
@@ -120,6 +137,17 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a pass writes on modules: a cache of biases, which other weights would not change, or a smaller window.
+    """
+    before = Snapshot(model)
+    try:
+        yield
+    finally:
+        before.undo()
 
 
 @contextmanager

@@ -128,7 +128,7 @@ class Patches:
         if formats == {'?'} and all(any(sighting.cube is cube for cube in self.cubes) for sighting in seen):
             formats = {'NCHW'}
         if len(formats) != 1 or '' in formats or '?' in formats:
-            if any(len(shape) == 4 and self._is_attention(shape) for _, shape in shapes):
+            if any(len(one[1]) == 4 and self._is_attention(*one) for one in shapes):
                 raise ValueError(
                     f'{side} looks like heads of an attention, (N, heads, L, L) or (N, heads, L, C / heads): it is '
                     f"{said}; wanted {_WANTED}. Choose the block around it, or pass input_fmt='NCHW' if it is a map")
@@ -159,7 +159,7 @@ class Patches:
         if all(shape[0] == run.images and len(shape) == ndim for run, shape in (one, other)):
             if told is not None:
                 fits = [told] if ndim == (3 if check_format(told, 0)[0] == 'NLC' else 4) else []
-            elif ndim == 4 and not self._is_attention(one[1]):
+            elif ndim == 4 and not self._is_attention(*one):
                 fits = [fmt for fmt, axis in (('NCHW', 2), ('NHWC', 1)) if _is_map(one, other, axis)]
             elif ndim == 3:
                 fits = [fmt for fmt, axis in (('NLC', 1), ('NCL', 2)) if self._are_tokens(one, other, axis)]
@@ -177,9 +177,14 @@ class Patches:
         whole = len(shape) == 3 and any(shape[1] - count in self.grids for count in {0, *self.declared})
         return kind in self.windowed and not whole
 
-    def _is_attention(self, shape: Shape) -> bool:
+    def _is_attention(self, run: Pass, shape: Shape) -> bool:
         """Whether the second axis may be the heads of an attention, of tokens or of channels."""
         _, heads, length, last = shape
+        if self.sizes == 1:  # a map may look like this; the user can say so
+            sides = [side for count, side, same in ((heads, length, last), (last, heads, length))
+                     if count in self.heads and side == same]
+            if any(_is_grid(side, run) for side in sides):
+                return True
         return heads in self.heads and (heads * last in self.features or (length == last and last in self.counts))
 
     def _are_tokens(self, one: Tuple[Pass, Shape], other: Tuple[Pass, Shape], axis: int) -> bool:
@@ -254,8 +259,8 @@ def _is_scaled(height: int, width: int, run: Pass) -> bool:
 
 
 def _is_grid(count: int, run: Pass) -> bool:
-    """Whether so many places are the places of a map."""
-    return count > 0 and any(
+    """Whether so many places are the places of a map. One place may be a class token."""
+    return count > 1 and any(
         count % height == 0 and _is_scaled(height, count // height, run) for height in range(1, count + 1))
 
 

@@ -18,6 +18,8 @@ from .checks import check_module
 from .clip import ClipLayer, temporal_keys
 from .clip_model import ClipModel
 from .cme import CME
+from .freeze import bare_norms
+from .hosts import Host
 from .recipe import few
 from .sme import SME
 from .tim import TIM
@@ -38,8 +40,9 @@ def temporal_state_dict(model: nn.Module, trained: bool = False, extra: Sequence
 
     Args:
         model: A network with temporal layers.
-        trained: Whether to add all else that trains: the parameters that require a gradient, and the buffers beside
-            them, such as a batch norm's statistics. After :func:`freeze` that is the head.
+        trained: Whether to add all else that trains: the parameters that require a gradient, the buffers beside them,
+            such as a batch norm's statistics, and batch norms without parameters that :func:`train_mode` trains. After
+            :func:`freeze` that is the head.
         extra: Names of modules or keys of the state dict to add, or patterns of them, such as ``['fc']``.
 
     Returns:
@@ -60,8 +63,10 @@ def temporal_state_dict(model: nn.Module, trained: bool = False, extra: Sequence
     state = model.state_dict()
     keys = _temporal(model) | _matching(model, state, extra)
     if trained:
-        owners = {name.rpartition('.')[0] for name, p in model.named_parameters() if p.requires_grad}
-        frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # one that is tied has two keys
+        owners = {name.rpartition('.')[0] for name, p in parameters.items() if p.requires_grad}
+        owners |= {name for name, learns in bare_norms(model).items() if learns}
+        frozen = {name for name, p in parameters.items() if not p.requires_grad}
         keys |= {key for key in state if key.rpartition('.')[0] in owners and key not in frozen}
     return {key: value for key, value in state.items() if key in keys}
 
@@ -268,10 +273,23 @@ def _layers(network: nn.Module) -> Dict[str, Any]:
     frames = sorted({layer.num_frames for layer in layers.values()})
     if len(frames) != 1:
         raise ValueError(f'model ({type(network).__name__}) must have layers of one num_frames, got {frames}')
+    at: Dict[nn.Module, str] = {}  # of layers that a module of another network runs: a block of ours has them named
+    for name, module in network.named_modules():
+        if isinstance(module, Host):
+            place = module._cmr_place
+            for where, group in (('before', place.before), ('after', place.after)):
+                at.update({layer: f'{where} {name}, {n}' for n, layer in enumerate(group, 1)})
     described = {}
     for name, layer in layers.items():
         kind = type(layer)
         settings = {key: getattr(layer, key) for key in _SETTINGS if hasattr(layer, key)}
+        if layer in at:
+            settings['at'] = at[layer]
+        if isinstance(layer, SME):
+            norm = type(layer.bn).__name__
+            settings['norm'] = [
+                'BatchNorm2d' if norm == 'SyncBatchNorm' else norm, getattr(layer.bn, 'eps', None),
+                getattr(layer.bn, 'num_groups', None)]
         described[name] = {
             'kind': kind.__name__ if kind in _KINDS else f'{kind.__module__}.{kind.__name__}', **settings}
     made: Dict[str, Any] = json.loads(json.dumps({'num_frames': frames[0], 'layers': described}))

@@ -4,10 +4,11 @@ import timm
 import torch
 import torchvision
 import transformers
-from helpers import image_net, randomize, values
+from helpers import image_net, randomize, small_vit, values
 from torch import nn
 
 from cmr_layers import SME, TIM, ClipModel, freeze, insert, retrofit, temporal_keys, train_mode, trainable_parameters
+from cmr_layers.temporal import load_temporal, save_temporal, temporal_state_dict
 
 T = 4
 
@@ -88,13 +89,45 @@ def test_a_network_with_two_heads():
     assert {name.split('.')[0] for name, _ in freeze(model) if name not in temporal} == {'head', 'head_dist'}
 
 
-def test_a_batch_norm_without_parameters_goes_with_the_module_before_it():
+def test_a_batch_norm_without_parameters_goes_with_the_parameters_beside_it(tmp_path):
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1).requires_grad_(False), nn.BatchNorm2d(8, affine=False), TIM(8, 4),
         nn.BatchNorm2d(8, affine=False), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, affine=False), SME(8, 4))
     assert train_mode(model) is model
-    assert [m.training for m in model] == [True, False, True, False, True, True, True]
+    assert [m.training for m in model] == [True, False, True, False, True, False, True]
     assert model[6].bn.training
+    assert all(m.training for m in train_mode(model.requires_grad_(True)))
+
+    def network():  # a head as of a linear probe: its statistics are learned, kept and loaded
+        torch.manual_seed(0)
+        vit = small_vit(num_classes=5)
+        vit.head = nn.Sequential(nn.BatchNorm1d(24, affine=False), vit.head)
+        insert(vit, TIM, 'blocks.*', num_frames=4)
+        freeze(vit)
+        return vit
+
+    model, x = train_mode(network()), torch.randn(4, 3, 32, 32)
+    assert model.head[0].training
+    model(x)
+    assert 'head.0.running_mean' in temporal_state_dict(model, trained=True)
+    save_temporal(model, tmp_path / 'file')
+    other = network()
+    load_temporal(other, tmp_path / 'file')
+    assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize('name, config, heads', [
+    ('LevitForImageClassificationWithTeacher', transformers.LevitConfig(
+        image_size=64, hidden_sizes=[16, 16, 16], num_attention_heads=[1, 1, 1], depths=[1, 1, 1], key_dim=[8, 8, 8]),
+     {'classifier', 'classifier_distill'}),
+    ('SwiftFormerForImageClassification', transformers.SwiftFormerConfig(
+        depths=[1, 1, 1, 1], embed_dims=[16, 16, 16, 16]), {'head', 'dist_head'}),
+])
+def test_both_heads_of_a_distilled_network_learn(name, config, heads):
+    model = getattr(transformers, name)(config)
+    convolutions = [at for at, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+    insert(model, TIM, convolutions[-1], num_frames=2)
+    assert {key.partition('.')[0] for key, _ in freeze(model) if '.tim.' not in key} == heads
 
 
 def test_a_network_that_is_not_frozen_trains_as_a_whole():

@@ -125,6 +125,20 @@ def test_attention_is_no_map(make, at, shape):
     assert forms(model, at, input_fmt='NCHW') == [(int(shape.split(', ')[1]), 'NCHW', 0)]
 
 
+@pytest.mark.parametrize('name, at, shape', [
+    ('efficientformerv2_s0', 'stages.2.blocks.*.token_mixer.talking_head1', '2, 8, 64, 64'),
+    ('cait_xxs24_224', 'blocks.0.attn.proj_l', '2, 256, 256, 4')])
+def test_attention_of_convolutions_is_no_map(name, at, shape):
+    model = timm.create_model(name, img_size=256, device='meta')
+    with pytest.raises(ValueError, match=rf'looks like heads of an attention, .* it is \[{shape}\]'):
+        forms(model, at, example_input=torch.zeros(1, 3, 256, 256, device='meta'))
+
+
+def test_a_class_token_alone_is_no_map():
+    with pytest.raises(ValueError, match=r'must be tokens .* number L grows with the image; it is \[2, 1, 192\]'):
+        forms(timm.create_model('cait_xxs24_224', img_size=32, patch_size=8, depth=2), 'blocks_token_only.*', 'after')
+
+
 def test_windows_are_no_frames_even_if_there_is_one_at_first():
     model = timm.create_model('efficientvit_m0')
     with pytest.raises(ValueError, match=r'windows, heads or parts of frames in its first axis: .* Choose the block'):

@@ -1,11 +1,13 @@
 """The temporal layers alone: saved, loaded, and merged back into the image network, bit for bit or not at all."""
 import copy
 import json
+import re
+from functools import partial
 
 import pytest
 import timm
 import torch
-from helpers import image_net, randomize, randomize_layers, values
+from helpers import image_net, randomize, randomize_layers, small_vit, values
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -240,6 +242,52 @@ def test_error_a_file_for_another_network(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
         load_temporal(model, file)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def vit(layers, where='before', **kwargs):
+    torch.manual_seed(0)
+    model = small_vit()
+    insert(model, layers, 'blocks.*', where, num_frames=T, **kwargs)
+    return model
+
+
+@pytest.mark.parametrize('make, other, message', [
+    (lambda: vit(TIM), lambda: vit(TIM, 'after'), "blocks.0.tim has at='before blocks.0, 1' for 'after blocks.0, 1'"),
+    (lambda: vit([CME, TIM]), lambda: vit([TIM, CME]),
+     "blocks.0.cme has at='before blocks.0, 1' for 'before blocks.0, 2'"),
+    (lambda: vit(SME), lambda: vit(partial(SME, norm_layer=partial(nn.BatchNorm2d, eps=.1))),
+     "blocks.0.sme has norm=['BatchNorm2d', 1e-05, None] for ['BatchNorm2d', 0.1, None]"),
+    (lambda: built(cme='none', sme='none'), lambda: tims_before_the_blocks(),
+     "layer1.0.tim has at=None for 'before layer1.0, 1'"),
+], ids=['side', 'order', 'norm', 'of the block and before it'])
+def test_error_layers_at_other_places(tmp_path, make, other, message):
+    save_temporal(make(), tmp_path / 'f', trained=False)
+    load_temporal(ClipModel(make(), T), tmp_path / 'f')
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_temporal(other(), tmp_path / 'f')
+
+
+def tims_before_the_blocks():
+    torch.manual_seed(0)
+    model = image_net()
+    insert(model, TIM, 'layer?.*', 'before', num_frames=T)
+    return model
+
+
+def test_a_tensor_of_two_names_is_in_the_file(tmp_path):
+    def network():
+        model = vit(TIM)
+        model.other = nn.Linear(24, 10)  # not run
+        model.other.weight = model.head.weight
+        freeze(model, ['head', 'other'])
+        return model
+
+    model = network()
+    nn.init.ones_(model.head.weight)
+    save_temporal(model, tmp_path / 'f')
+    other = network()
+    load_temporal(other, tmp_path / 'f')
+    assert bool((other.other.weight == 1).all())
 
 
 def net_of_tims():

@@ -3,13 +3,14 @@ import copy
 
 import peft
 import pytest
+import timm
 import torch
 import torchvision
 import transformers
-from helpers import SMALL_TRANSFORMER, small_vit
+from helpers import SMALL_TRANSFORMER, randomize_layers, small_vit
 from torch import nn
 
-from cmr_layers import CME, TIM, insert, restore
+from cmr_layers import CME, TIM, adapt, insert, restore
 
 T = 2
 
@@ -118,3 +119,52 @@ def test_layers_in_a_detection_network_that_resizes_its_images():
     x = torch.rand(T, 3, 48, 64)
     got, want = network(list(x)), restore(copy.deepcopy(network))(list(x))
     assert all(torch.equal(one[key], other[key]) for one, other in zip(got, want) for key in one)
+
+
+class Encoder(nn.Module):
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 8, 8)
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, **kwargs) for _ in range(4))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize('norm_first', [False, True])
+def test_layers_run_where_pytorch_runs_no_modules(norm_first):
+    model, x = Encoder(norm_first=norm_first).eval(), torch.randn(2 * T, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"^at='layers.0.norm1' must not be inside of an nn.TransformerEncoderLayer, "):
+        insert(model, TIM, 'layers.*.norm1', 'before', T, example_input=x[:1])
+    report = adapt(model, T, example_input=x[:1])
+    assert {one.at for one in report} == {f'layers.{n}' for n in range(4)} and not report.left
+    randomize_layers(model)
+    want = model(x)  # with gradients it runs the modules
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want)
+
+
+def test_error_query_key_and_value_are_one_tensor():
+    model, image = torchvision.models.VisionTransformer(32, 8, 2, 2, 16, 32), torch.zeros(1, 3, 32, 32)
+    at = 'encoder.layers.encoder_layer_0.self_attention'
+    with pytest.raises(ValueError, match=rf"the input of at='{at}' must be one argument, got a tensor"):
+        insert(model, TIM, at, 'before', T, image)
+    assert len(insert(model, TIM, at, 'after', T, image)) == 1
+
+
+def test_no_pass_of_the_probe_leaves_anything_on_modules():
+    levit = timm.create_model('levit_128s').eval()
+    insert(levit, TIM, 'stages.0.blocks.*', num_frames=T)
+    assert not any(getattr(m, 'attention_bias_cache', None) for m in levit.modules())
+    # it makes its windows smaller on a small image, for good
+    config = transformers.SwinConfig(embed_dim=16, depths=[2, 2], num_heads=[2, 2], window_size=4, image_size=32)
+    swin = transformers.SwinModel(config).eval()
+    other, x = copy.deepcopy(swin), torch.randn(T, 3, 64, 64)
+    adapt(other, T)
+    want = swin(x).pooler_output
+    assert torch.equal(other(x).pooler_output, want) and torch.equal(restore(other)(x).pooler_output, want)
