@@ -147,7 +147,7 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        before.undo()
+        before.undo(classes=False)  # a lazy module has become another one, and stays it
 
 
 @contextmanager

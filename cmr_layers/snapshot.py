@@ -16,11 +16,13 @@ class Snapshot:
                                     for key, value in vars(module).items()})
             for module in model.modules()]
 
-    def undo(self) -> None:
-        """Put it all back."""
+    def undo(self, classes: bool = True) -> None:
+        """Put it all back; without ``classes`` only in modules of the class that they had."""
         for module, kind, attributes in self._before:
             now = vars(module)
             if type(module) is not kind:
+                if not classes:
+                    continue
                 module.__class__ = kind
             for key in now.keys() - attributes.keys():
                 del now[key]

@@ -103,3 +103,12 @@ def test_probing_leaves_no_trace_when_it_fails():
 def test_error_example_input_is_one_image():
     with pytest.raises(ValueError, match=r'^example_input must be one image \(1, C, H, W\), got \[4, 3, 64, 64\]$'):
         retrofit(image_net(), example_input=torch.zeros(4, 3, 64, 64))
+
+
+def test_lazy_modules_become_what_they_are():
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.LazyConv2d(4, 3)).eval()
+    x = torch.randn(4, 3, 16, 16)
+    insert(model, TIM, '2', 'before', num_frames=4, example_input=x[:1], start='identity')
+    assert (model[0].in_channels, model[2].in_channels) == (3, 8)
+    want = model(x)
+    assert torch.equal(restore(model)(x), want) and type(model[2]) is nn.Conv2d
