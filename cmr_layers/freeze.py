@@ -162,20 +162,17 @@ def train_mode(model: nn.Module) -> nn.Module:
 
 def bare_norms(model: nn.Module) -> Dict[str, bool]:
     """Batch norms without parameters, by name, and whether they train: as all parameters beside them do."""
-    temporal = temporal_keys(model)
+    own = _in_layers(model)
+    temporal = {p for part in own for p in part.parameters(recurse=False)}
     found = {}
     for name, module in model.named_modules():
-        if not isinstance(module, _BATCH_NORM) or any(True for _ in module.parameters()):
-            continue
-        beside: List[nn.Parameter] = []
-        around = name
-        while around and not beside:
-            around = around.rpartition('.')[0]
-            inside = f'{around}.' if around else ''
-            layer = isinstance(model.get_submodule(around), ClipLayer)
-            beside = [p for key, p in model.get_submodule(around).named_parameters()
-                      if layer or inside + key not in temporal]
-        found[name] = all(p.requires_grad for p in beside)
+        if isinstance(module, _BATCH_NORM) and not any(True for _ in module.parameters()):
+            around = name
+            beside: List[nn.Parameter] = []
+            while around and not beside:
+                around = around.rpartition('.')[0]
+                beside = [p for p in model.get_submodule(around).parameters() if module in own or p not in temporal]
+            found[name] = all(p.requires_grad for p in beside)
     return found
 
 

@@ -1,5 +1,4 @@
 """Put a temporal layer at any module of a network that somebody else built."""
-import fnmatch
 import inspect
 import re
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from .attach import Insertion, Report, all_or_nothing, attach, check_network, fi
 from .checks import check_choice, check_positive
 from .clip import ClipLayer, check_num_frames
 from .probe import like, probe
-from .residual import CONTAINERS
+from .residual import CONTAINERS, is_match
 from .sighting import Form
 from .starts import start_of
 
@@ -184,7 +183,7 @@ def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
         if isinstance(pattern, re.Pattern):
             matched = [name for name in names if pattern.fullmatch(name)]
         elif isinstance(pattern, str):
-            matched = [name for name in names if _glob(name, pattern)]
+            matched = [name for name in names if is_match(name, pattern)]
         else:
             raise TypeError(
                 f'at must be a name, a pattern, a compiled regular expression or a list of these, got {pattern!r}')
@@ -198,11 +197,6 @@ def _match(model: nn.Module, at: Union[Names, List[Names]]) -> List[str]:
     if not selected:
         raise ValueError(f'at must name at least one module, got {at!r}')
     return [name for name in names if name in selected]
-
-
-def _glob(name: str, pattern: str) -> bool:
-    parts, wanted = name.split('.'), pattern.split('.')
-    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _resolve(model: nn.Module, name: str, where: str) -> Tuple[str, nn.Module]:

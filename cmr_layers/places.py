@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 from torch import nn
 
-from .probe import Call
+from .probe import Call, is_passed_twice
 from .residual import CONTAINERS, SHORTCUT, WEIGHTED
 
 __all__ = ['Block', 'around', 'find_blocks', 'watching']
@@ -54,9 +54,8 @@ class Block:
         self._input, self.entries = args[0] if args else None, []
 
     def look(self, name: str, mixes: bool, args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> None:
-        if any(x is args[0] for x in (*args[1:], *kwargs.values()) if args):
-            return  # query, key and value are one tensor: layers would change the first of them only
-        self.entries.append(Entry(name, mixes, bool(args) and args[0] is self._input))
+        if not is_passed_twice(args, kwargs):
+            self.entries.append(Entry(name, mixes, bool(args) and args[0] is self._input))
 
     def end(self) -> None:
         self._input = None

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from .sighting import Form, Pass, Patches, Sighting
 from .snapshot import Snapshot
 
-__all__ = ['Call', 'evaluating', 'like', 'probe', 'zero_image']
+__all__ = ['Call', 'evaluating', 'is_passed_twice', 'like', 'probe', 'zero_image']
+
+
+def is_passed_twice(args: Tuple[Any, ...], kwargs: Dict[str, Any]) -> bool:
+    """Whether the first argument is another one, too, as query, key and value may be: layers would change it alone."""
+    return any(x is args[0] for x in (*args[1:], *kwargs.values()) if args)
 
 
 class Call:
@@ -24,10 +29,10 @@ class Call:
         self.around = around  # the module and those that hold it
         self.seen: Dict[str, List[Sighting]] = {'before': [], 'after': []}
         self.patches: Optional[Patches] = None
-        self.shares = False  # whether the first argument is another one, too, as query, key and value may be one
+        self.shares = False  # whether the first argument is another one, too
 
     def record(self, run: Pass, args: Tuple[Any, ...], kwargs: Dict[str, Any], output: Any) -> None:
-        self.shares |= any(x is args[0] for x in (*args[1:], *kwargs.values()) if args)
+        self.shares |= is_passed_twice(args, kwargs)
         self.seen['before'].append(Sighting.of(run, args[0] if args else None))
         self.seen['after'].append(Sighting.of(run, output, may_be_first=True))
 
@@ -52,7 +57,6 @@ class Call:
                 f'in inference, but reads their weights; choose the nn.TransformerEncoderLayer itself')
         assert self.patches is not None
         return self.patches.form(side, self.around, self.seen[where], input_fmt, num_prefix_tokens)
-
 
     def check_alone(self, where: str) -> None:
         """Raise a ValueError if layers would change one argument of several that are the same tensor."""

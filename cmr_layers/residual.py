@@ -11,7 +11,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from torch import Tensor, nn
 
-__all__ = ['CONTAINERS', 'SHORTCUT', 'WEIGHTED', 'Branch', 'Stages', 'find_stages', 'watching']
+__all__ = ['CONTAINERS', 'SHORTCUT', 'WEIGHTED', 'Branch', 'Stages', 'find_stages', 'is_match', 'watching']
 
 # A stage is a list of (name, block).
 Stage = List[Tuple[str, nn.Module]]
@@ -96,15 +96,20 @@ def _match(model: nn.Module, stages: Union[str, Sequence[str]]) -> List[str]:
     names = [name for name, _ in model.named_modules() if name]
     selected: Dict[str, None] = {}
     for pattern in patterns:
-        parts = pattern.split('.')
-        level = [name for name in names if name.count('.') == len(parts) - 1]
-        matched = [name for name in level if all(map(fnmatch.fnmatchcase, name.split('.'), parts))]
+        matched = [name for name in names if is_match(name, pattern)]
         if not matched:
+            level = [name for name in names if name.count('.') == pattern.count('.')]
             raise ValueError(
                 f'stages={pattern!r} matches no module of {type(model).__name__}; it has '
                 f'{", ".join(level[:8] or names[:8])}, ...')
         selected.update(dict.fromkeys(matched))
     return list(selected)
+
+
+def is_match(name: str, pattern: str) -> bool:
+    """Whether the name of a module matches a pattern, whose wildcards match within a component."""
+    parts, wanted = name.split('.'), pattern.split('.')
+    return len(parts) == len(wanted) and all(map(fnmatch.fnmatchcase, parts, wanted))
 
 
 def _is_container(module: nn.Module) -> bool:

@@ -96,11 +96,13 @@ class Patches:
     def look(self, run: Pass, module: nn.Module, x: Any) -> None:
         """Look at what a module takes or returned for two images, which differ everywhere."""
         x = x[0] if type(x) is tuple and x else x
-        if isinstance(x, Tensor) and isinstance(module, _OF_MAPS) and _is_cube(x):
+        if not isinstance(x, Tensor):
+            return
+        if isinstance(module, _OF_MAPS) and _is_cube(x):
             self.cubes.append(x)
-        if isinstance(x, Tensor) and x.ndim > 2 and x.shape[0] != run.images and x.shape[0] % run.images == 0:
+        if x.ndim > 2 and x.shape[0] != run.images and x.shape[0] % run.images == 0:
             self.windowed.add(type(module))
-        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == run.images == 2:
+        if x.ndim == 3 and x.shape[0] == run.images == 2:
             self.counts.add(x.shape[1])
             if x.shape[1] not in self.fixed and x.numel() and not x.is_meta:
                 same = (x[0] == x[1]).all(1).tolist()
