@@ -28,7 +28,7 @@ class FeatureDifference(nn.Module):
 
     def __init__(self, channels: int, reduction: int, **dd: Any) -> None:
         super().__init__()
-        reduced = channels // reduction
+        reduced = max(1, channels // reduction)  # thin networks have fewer channels than that
         self.squeeze = nn.Conv2d(channels, reduced, 1, bias=False, **dd)
         self.norm = nn.BatchNorm2d(reduced, **dd)
         self.transform = nn.Conv2d(reduced, reduced, 3, padding=1, groups=reduced, bias=False, **dd)
@@ -58,7 +58,7 @@ class CMM(ClipLayer):
         super().__init__(channels, num_frames)
         dd = {'device': device, 'dtype': dtype}
         self.difference = FeatureDifference(channels, reduction, **dd)
-        self.expand = nn.Conv2d(channels // reduction, channels, 1, bias=False, **dd)
+        self.expand = nn.Conv2d(self.difference.transform.out_channels, channels, 1, bias=False, **dd)
 
     def forward_clips(self, x: Tensor) -> Tensor:
         m = self.difference(x)

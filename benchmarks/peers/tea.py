@@ -38,7 +38,8 @@ class ME(ClipLayer):
         dd = {'device': device, 'dtype': dtype}
         self.difference = FeatureDifference(channels, reduction, **dd)
         self.expand = nn.Sequential(
-            nn.Conv2d(channels // reduction, channels, 1, bias=False, **dd), nn.BatchNorm2d(channels, **dd))
+            nn.Conv2d(self.difference.transform.out_channels, channels, 1, bias=False, **dd),
+            nn.BatchNorm2d(channels, **dd))
 
     def forward_clips(self, x: Tensor) -> Tensor:
         m = self.difference(x).mean((3, 4), keepdim=True)

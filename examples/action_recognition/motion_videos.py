@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-__all__ = ['CLASSES', 'PHOTOGRAPHS', 'THINGS', 'main', 'make_videos', 'path_of', 'render', 'write_video']
+__all__ = ['CLASSES', 'PHOTOGRAPHS', 'THINGS', 'main', 'make_videos', 'path_of', 'photograph', 'render', 'write_video']
 
 Array = npt.NDArray[np.float64]
 
@@ -83,8 +83,8 @@ def path_of(label: str, random: np.random.Generator, frames: int = FRAMES) -> Ar
 def render(label: str, thing: str, split: str, random: np.random.Generator) -> List[Image.Image]:
     """The frames of one video."""
     ground, source = random.choice(PHOTOGRAPHS[split], 2, replace=False)
-    picture = _window(_photograph(ground), SIDE, random.uniform(.25, .5), random).convert('RGBA')
-    piece = _window(_photograph(source), PIECE, 1, random)
+    picture = _window(photograph(ground), SIDE, random.uniform(.25, .5), random).convert('RGBA')
+    piece = _window(photograph(source), PIECE, 1, random)
     piece = ImageOps.autocontrast(piece).point([80 + level * 175 // 255 for level in range(256)] * 3)
     piece.putalpha(_mask(thing, random.uniform(-20, 20)))
     frames = []
@@ -97,13 +97,14 @@ def render(label: str, thing: str, split: str, random: np.random.Generator) -> L
 
 
 @cache
-def _photograph(name: str) -> Image.Image:
-    skimage = _example('skimage')
+def photograph(name: str) -> Image.Image:
+    """One of :data:`PHOTOGRAPHS`, as RGB."""
+    skimage = needs('skimage')
     with Image.open(Path(skimage.__file__).parent / 'data' / name) as photograph:
         return photograph.convert('RGB')
 
 
-def _example(name: str) -> Any:
+def needs(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -129,7 +130,7 @@ def _mask(thing: str, degrees: float) -> Image.Image:
 
 def write_video(frames: List[Image.Image], file: Path) -> None:
     """Encode frames as H.264. A file that is there is a whole one."""
-    av = _example('av')
+    av = needs('av')
     part = file.with_name(f'{file.stem}.part.mp4')
     with av.open(str(part), 'w') as container:
         stream = container.add_stream('libx264', rate=RATE, options={'crf': '23', 'preset': 'veryfast'})

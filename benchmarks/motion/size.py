@@ -1,0 +1,48 @@
+"""How large the study is: on a CPU's two cores, and on a GPU."""
+from typing import Any, NamedTuple
+
+from benchmarks.motion.fit import Recipe
+
+__all__ = ['SIZES', 'Size']
+
+
+class Size(NamedTuple):
+    """All that rows have in common.
+
+    Attributes:
+        shape: Arguments of timm's ResNet that make it as large as it is.
+        side: Pixels of a frame's side.
+        recipe: Training on clips.
+        stills: Training of the image network before.
+        test: Test clips.
+        curve: Test clips of the learning curve, and of each value of a knob.
+        every: Updates between two points of the learning curve.
+        maps: Test clips for Figure 5.
+        device: Where.
+    """
+    shape: dict[str, Any]
+    side: int
+    recipe: Recipe
+    stills: Recipe
+    test: int
+    curve: int
+    every: int
+    maps: int
+    device: str
+
+
+SIZES: dict[str, Size] = {
+    'cpu': Size(
+        shape=dict(layers=(2, 2, 2, 2), channels=(8, 16, 32, 64), stem_type='deep', stem_width=8), side=40,
+        recipe=Recipe(updates=1000, batch=16, lr=2e-3), stills=Recipe(updates=600, batch=128, lr=5e-3),
+        test=2000, curve=500, every=200, maps=100, device='cpu'),
+    'gpu': Size(
+        shape=dict(layers=(3, 4, 6, 3)), side=112,
+        recipe=Recipe(updates=2000, batch=32, lr=1e-3), stills=Recipe(updates=1000, batch=256, lr=2e-3),
+        test=2000, curve=500, every=400, maps=100, device='cuda'),
+    # what the tests run
+    'smoke': Size(
+        shape=dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_type='deep', stem_width=8), side=40,
+        recipe=Recipe(updates=4, batch=4), stills=Recipe(updates=2, batch=8), test=24, curve=12, every=2, maps=2,
+        device='cpu'),
+}

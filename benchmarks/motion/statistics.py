@@ -1,0 +1,51 @@
+"""Shares of right answers over seeds, and differences that are paired by them."""
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+__all__ = ['Estimate', 'difference', 'mean']
+
+# two-sided 95% quantiles of Student's t, by degrees of freedom
+_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and its 95% interval, by Student's t."""
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+    def show(self, sign: bool = False) -> str:
+        """In percent, or in points with a sign."""
+        plus = '+' if sign else ''
+        mean, low, high = (f'{100 * value:{plus}.1f}' for value in self[:3])
+        return f'{mean} ({low} to {high})' if self.seeds > 1 else mean
+
+    @property
+    def verdict(self) -> str:
+        """Of a difference that is claimed to be positive."""
+        return 'holds' if self.low > 0 else 'reversed' if self.high < 0 else 'undecided'
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """The mean over seeds.
+
+    Raises:
+        ValueError: There are no values, or more than ten.
+    """
+    n = len(values)
+    if not 0 < n <= len(_T):
+        raise ValueError(f'values must be one to {len(_T)} numbers, got {n}')
+    middle = sum(values) / n
+    if n == 1:
+        return Estimate(middle, -math.inf, math.inf, 1)
+    spread = math.sqrt(sum((value - middle) ** 2 for value in values) / (n - 1))
+    margin = _T[n - 1] * spread / math.sqrt(n)
+    return Estimate(middle, middle - margin, middle + margin, n)
+
+
+def difference(values: dict[int, float], base: dict[int, float]) -> Estimate | None:
+    """Of two rows, by seed, over the seeds that both have; None if there are none."""
+    seeds = sorted(values.keys() & base.keys())
+    return mean([values[seed] - base[seed] for seed in seeds]) if seeds else None

@@ -1,0 +1,105 @@
+"""Which runs there are, side by side on a machine, and the file of their results."""
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe, read_json
+from benchmarks.motion.rows import ROWS
+from benchmarks.motion.run import image_weights, run
+from benchmarks.motion.size import SIZES
+from benchmarks.motion.tasks import TASKS
+
+__all__ = ['Key', 'save', 'study']
+
+Key = tuple[str, str, int]  # task, row, seed
+
+
+def start() -> None:
+    """Of a process: one thread each, so that a run's sums do not depend on what runs beside it."""
+    torch.set_num_threads(1)
+
+
+def _image(folder: Path, image: tuple[str, int], size: str) -> None:
+    image_weights(folder, image[0], SIZES[size], image[1])
+
+
+def _run(folder: Path, key: Key, size: str) -> dict[str, Any]:
+    task, row, seed = key
+    return {**run(folder, row, seed, SIZES[size], TASKS[task]), **_where()}
+
+
+def _where() -> dict[str, Any]:
+    about = describe()
+    return {'machine': about['gpu'] or about['machine'], 'date': about['date'][:10], 'torch': about['versions']['torch']}
+
+
+def key_of(found: dict[str, Any]) -> Key:
+    return found['task'], found['row'], found['seed']
+
+
+def save(path: Path, results: dict[str, Any]) -> None:
+    """The result file, whole or not at all; a line for each run."""
+    head = json.dumps({key: value for key, value in results.items() if key != 'runs'}, indent=1)
+    runs = ',\n  '.join(json.dumps(found) for found in sorted(results['runs'], key=key_of))
+    part = path.with_suffix('.part')
+    part.write_text(f'{head[:-2]},\n "runs": [\n  {runs}\n ]\n}}\n')
+    os.replace(part, path)
+
+
+def study(
+        out: Path, folder: Path, keys: Iterable[Key], size: str, jobs: int = 1, minutes: float = float('inf'),
+) -> list[Key]:
+    """Do the runs that ``out`` does not have, and write each there when it ends.
+
+    Args:
+        out: Result file.
+        folder: For image networks and trained networks.
+        keys: The runs, in the order in which they are begun.
+        size: Its name.
+        jobs: Runs side by side, each on one thread.
+        minutes: No run begins that would end later, as long as the longest so far took.
+
+    Returns:
+        The runs that are left.
+
+    Raises:
+        ValueError: ``out`` is of a study of another size.
+    """
+    settings = json.loads(json.dumps(SIZES[size], default=str))
+    now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
+    results = read_json(out) or now
+    if results.get('settings') != settings:
+        raise ValueError(f'--out {out} must be a new file or one of size {size!r} with the same settings, got '
+                         f'{results.get("size")!r} with {results.get("settings")}')
+    done = {key_of(found) for found in results['runs']}
+    left = [key for key in keys if key not in done]
+    folder.mkdir(parents=True, exist_ok=True)
+    begin, longest = time.monotonic(), 0.
+    running: dict[Future[dict[str, Any]], tuple[Key, float]] = {}
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start)
+    try:
+        images = dict.fromkeys((ROWS[row].image, seed) for _, row, seed in left)  # before, as several runs share one
+        for ended in [pool.submit(_image, folder, image, size) for image in images]:
+            ended.result()
+        while left or running:
+            while left and len(running) < jobs and time.monotonic() - begin + longest < 60 * minutes:
+                key = left.pop(0)
+                running[pool.submit(_run, folder, key, size)] = key, time.monotonic()
+            if not running:
+                break
+            for over in wait(running, return_when=FIRST_COMPLETED).done:
+                key, since = running.pop(over)
+                results['runs'].append(over.result())
+                longest = max(longest, time.monotonic() - since)
+                save(out, results)
+                print(*key, f'{time.monotonic() - since:.0f} s', flush=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    return left
