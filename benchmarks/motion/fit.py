@@ -51,7 +51,7 @@ def fit(
         Mean loss of each ``every`` updates.
     """
     learning = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learning, recipe.lr, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(learning, recipe.lr, weight_decay=recipe.weight_decay, fused=True)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.updates, pct_start=.2)
     losses: list[float] = []
     total = 0.

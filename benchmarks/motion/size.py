@@ -34,8 +34,8 @@ class Size(NamedTuple):
 SIZES: dict[str, Size] = {
     'cpu': Size(
         shape=dict(layers=(2, 2, 2, 2), channels=(8, 16, 32, 64), stem_type='deep', stem_width=8), side=40,
-        recipe=Recipe(updates=1000, batch=16, lr=2e-3), stills=Recipe(updates=600, batch=128, lr=5e-3),
-        test=2000, curve=500, every=200, maps=100, device='cpu'),
+        recipe=Recipe(updates=1500, batch=8, lr=2e-3), stills=Recipe(updates=600, batch=128, lr=5e-3),
+        test=1500, curve=300, every=300, maps=100, device='cpu'),
     'gpu': Size(
         shape=dict(layers=(3, 4, 6, 3)), side=112,
         recipe=Recipe(updates=2000, batch=32, lr=1e-3), stills=Recipe(updates=1000, batch=256, lr=2e-3),

@@ -1,0 +1,70 @@
+"""What a result file says, by row and seed."""
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.motion.statistics import Estimate, difference, mean
+from benchmarks.motion.task import counts
+from benchmarks.motion.tasks import TASKS
+
+__all__ = ['Measure', 'Runs', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'right', 'runs_of', 'swept']
+
+Runs = dict[int, dict[str, Any]]  # by seed
+Measure = Callable[[dict[str, Any]], float]
+
+
+def runs_of(results: dict[str, Any], row: str, task: str = 'movers') -> Runs:
+    """The runs of a row."""
+    return {found['seed']: found for found in results['runs'] if (found['row'], found['task']) == (row, task)}
+
+
+def _counts(found: dict[str, Any]) -> list[int]:
+    return counts(found['confusion'], TASKS[found['task']].groups)
+
+
+def right(found: dict[str, Any]) -> float:
+    """Share of clips whose class is right."""
+    clips, _, both = _counts(found)
+    return both / clips
+
+
+def group(found: dict[str, Any]) -> float:
+    """Share of clips whose group is right: the motion, played either way."""
+    clips, motion, _ = _counts(found)
+    return motion / clips
+
+
+def direction(found: dict[str, Any]) -> float:
+    """Share of clips whose order is right, of those whose group is."""
+    _, motion, both = _counts(found)
+    return both / max(motion, 1)
+
+
+def of_group(number: int) -> Measure:
+    """Share of right classes, of the clips of one group."""
+    def measure(found: dict[str, Any]) -> float:
+        table, groups = found['confusion'], TASKS[found['task']].groups
+        mine = [i for i, g in enumerate(groups) if g == number]
+        return sum(table[i][i] for i in mine) / sum(sum(table[i]) for i in mine)
+    return measure
+
+
+def swept(knob: str, value: float, order: bool = False) -> Measure:
+    """Share of right classes with a knob at a value; ``order``: of the clips whose motion is right."""
+    def measure(found: dict[str, Any]) -> float:
+        _, clips, motion, both = next(point for point in found['sweeps'][knob] if point[0] == value)
+        return both / max(motion, 1) if order else both / clips
+    return measure
+
+
+def estimate(results: dict[str, Any], row: str, measure: Measure = right, task: str = 'movers') -> Estimate | None:
+    """Mean over seeds; None without runs."""
+    runs = runs_of(results, row, task)
+    return mean([measure(found) for found in runs.values()]) if runs else None
+
+
+def difference_of(
+        results: dict[str, Any], row: str, base: str, measure: Measure = right, task: str = 'movers',
+) -> Estimate | None:
+    """Row less base, paired by seeds; None without common seeds."""
+    pair = [{seed: measure(found) for seed, found in runs_of(results, name, task).items()} for name in (row, base)]
+    return difference(*pair)

@@ -1,0 +1,73 @@
+"""Runs, the file of their results, and whether the study would notice a fault."""
+import json
+
+import pytest
+import torch
+
+from benchmarks.motion.__main__ import main
+from benchmarks.motion.run import run
+from benchmarks.motion.size import SIZES
+from benchmarks.motion.study import save, study
+
+SMOKE = SIZES['smoke']
+TIMES = ('seconds', 'machine', 'date', 'torch')
+
+
+def network(folder, name):
+    return torch.load(folder / f'movers-{name}-0.pt', weights_only=True)
+
+
+def same(one, other):
+    """Whether two networks have the same weights, wherever both have some."""
+    return all(torch.equal(one[key], other[key]) for key in one.keys() & other.keys())
+
+
+def test_a_run_again_gives_the_same_numbers(tmp_path):
+    (tmp_path / 'again').mkdir()
+    one, again = run(tmp_path, 'all', 0, SMOKE), run(tmp_path / 'again', 'all', 0, SMOKE)
+    assert {**one, 'seconds': 0} == {**again, 'seconds': 0}
+    assert same(network(tmp_path, 'all'), network(tmp_path / 'again', 'all'))
+    other = run(tmp_path, 'all', 1, SMOKE)
+    assert other['losses'] != one['losses']
+
+
+@pytest.mark.parametrize('layer, base, broken, shuffled', [
+    ('cme', 'tim', 'broken_cme', 'shuffled_cme'), ('only_sme', 'plain', 'broken_sme', 'shuffled_sme')])
+def test_a_broken_layer_makes_a_row_its_baseline_to_the_last_digit(tmp_path, layer, base, broken, shuffled):
+    found = {name: run(tmp_path, name, 0, SMOKE) for name in (layer, base, broken, shuffled)}
+    for key in ('losses', 'curve', 'confusion', 'image'):
+        assert found[broken][key] == found[base][key]
+    nets = {name: network(tmp_path, name) for name in found}
+    assert same(nets[broken], nets[base])
+    assert not same(nets[layer], nets[base]) and not same(nets[shuffled], nets[layer])
+
+
+def test_the_command_goes_on_and_repeats_nothing(tmp_path, capsys):
+    out, folder = tmp_path / 'motion.json', tmp_path / 'networks'
+    arguments = ['--out', str(out), '--folder', str(folder), '--size', 'smoke', '--jobs', '1', '--rows', 'plain', 'tim']
+    assert main([*arguments, '--seeds', '1']) == 0
+    first = json.loads(out.read_text())
+    assert [(f['row'], f['seed']) for f in first['runs']] == [('plain', 0), ('tim', 0)]
+    assert sum(map(sum, first['runs'][0]['confusion'])) == SMOKE.test
+    assert set(first['runs'][0]['sweeps']) == {'step', 'clutter', 'share'}
+    assert main([*arguments, '--seeds', '2', '--minutes', '0']) == 0
+    assert '2 runs are left; the same command goes on' in capsys.readouterr().out
+    assert main([*arguments, '--seeds', '2']) == 0
+    second = json.loads(out.read_text())
+    assert second['runs'][0] == first['runs'][0] and len(second['runs']) == 4
+
+
+def test_a_file_of_another_study_is_an_error(tmp_path):
+    out = tmp_path / 'motion.json'
+    save(out, {'size': 'other', 'settings': [1], 'runs': []})
+    with pytest.raises(ValueError, match=r"must be a new file or one of size 'smoke' .* got 'other'"):
+        study(out, tmp_path, [], 'smoke')
+
+
+def test_maps_are_measured_where_there_are_layers(tmp_path):
+    found = {name: run(tmp_path, name, 0, SMOKE)['maps'] for name in ('plain', 'only_sme', 'all')}
+    assert found['plain'] == {}
+    assert set(found['only_sme']) == {'sme', 'difference'}
+    assert set(found['all']) == {'sme', 'cme_top', 'cme_bottom', 'difference'}
+    # pixels of the actor differ from the next frame's more than others do; nothing was learned for that
+    assert found['all']['difference'][0] > .7

@@ -1,0 +1,141 @@
+"""The tasks on real videos, rendered rooms and recorded people."""
+import importlib.util
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.motion import ego, mocap, playback, task
+from benchmarks.motion.run import run
+from benchmarks.motion.size import SIZES
+from benchmarks.motion.tasks import TASKS
+
+# of two packages that no extra installs, since they bring much else, see docs/motion.md
+HAVE_VIDEOS = all(importlib.util.find_spec(package) for package in ('gradio', 'idtrackerai'))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder of the test's own for what is recorded, and little of it."""
+    for module in (task, ego, playback):
+        monkeypatch.setattr(module, 'DATA', tmp_path / 'data')
+    monkeypatch.setattr(ego, 'CLIPS', {'train': 12, 'val': 6})
+    monkeypatch.setattr(ego, 'MAPS', {'train': range(1, 3), 'val': range(25, 26)})
+    for cached in (ego._recorded, playback._videos, *(found.test for found in TASKS.values())):
+        cached.cache_clear()
+    yield
+    for cached in (ego._recorded, playback._videos, *(found.test for found in TASKS.values())):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_a_task_is_described(name):
+    found = TASKS[name]
+    assert found.name == name and len(found.groups) == len(found.classes) == len(set(found.classes))
+    assert found.levels.frame <= found.levels.frames
+    largest = max(found.groups.count(group) for group in found.groups)
+    assert found.levels.frames == pytest.approx(len(set(found.groups)) / len(found.classes)) and largest > 1
+
+
+def test_bones_keep_their_length_and_people_stand_on_their_feet():
+    for action in mocap.ACTIONS:
+        times, joints = mocap.take(action)
+        assert len(times) == len(joints) and (np.diff(times) > 0).all()
+        for name, (parent, offset, _) in mocap._SKELETON.items():
+            length = np.linalg.norm(joints[:, mocap._NAMES.index(name)] - joints[:, mocap._NAMES.index(parent)], axis=1)
+            np.testing.assert_allclose(length, np.linalg.norm(offset), rtol=1e-6)
+    _, walk = mocap.take('walk')
+    head, foot = (walk[:, mocap._NAMES.index(name), 1] for name in ('head', 'right ankle'))
+    assert (head > 1.2).all() and (foot < .5).all()
+
+
+def test_people_walk_forwards_unless_played_backwards():
+    made = mocap.clips(400, (1,), 'train', 8, 40)
+    assert made.clips.shape == (400, 8, 3, 40, 40) and made.clips.dtype == torch.uint8
+    assert set(made.labels.tolist()) == set(range(len(mocap.CLASSES)))
+    # backwards is the same windows in the opposite order: over many clips, the frames are alike
+    area = made.actor.mean((1, 2, 3))
+    forwards, backwards = (area[made.labels % 2 == i].mean() for i in (0, 1))
+    assert abs(forwards - backwards) < .1 * forwards
+    for way in ('val', 'train'):
+        assert torch.equal(*(mocap.clips(3, (2,), way, 8, 40).clips for _ in range(2)))
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    mocap.take.cache_clear()
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ImportError, match=r'the task mocap needs pybullet: pip install "cmr-layers\[motion\]"'):
+        mocap.take('walk')
+
+
+def test_rooms_are_recorded_once_and_played_both_ways(data):
+    made = ego.clips(40, (1,), 'val', 8, 40)
+    again = ego.clips(40, (1,), 'val', 8, 40)
+    assert torch.equal(made.clips, again.clips) and made.clips.shape == (40, 8, 3, 40, 40)
+    assert (ego.DATA / 'ego-val-40.npz').exists()
+    clips, movements = ego._recorded('val', 40)
+    assert len(clips) == 6 and set(movements.tolist()) <= {0, 1, 2, 3}
+    change = (clips[:, 1:].float() - clips[:, :-1].float()).abs().mean((1, 2, 3, 4))
+    assert (change > .2).all()  # the camera moves in each of them
+    with pytest.raises(ValueError, match='num_frames must divide 16, got 5'):
+        ego.clips(1, (1,), 'val', 5, 40)
+
+
+def test_labels_are_what_the_camera_does():
+    """Turning right moves the picture to the left, looking up moves it down."""
+    clips, movements = ego.record('val', 40, 40)
+    for movement, axis, sign in ((2, 3, -1), (3, 2, 1)):
+        shifts = []
+        for clip in torch.from_numpy(clips[movements == movement]).float().mean(2):
+            now, later = clip[6], clip[7]
+            error = {}
+            for shift in range(-6, 7):
+                moved = torch.roll(now, shift, axis - 2)
+                inner = (slice(8, -8), slice(8, -8))
+                error[shift] = (moved[inner] - later[inner]).abs().mean().item()
+            shifts.append(min(error, key=error.__getitem__))
+        assert len(shifts) >= 3 and sign * np.median(shifts) > 0
+
+
+@pytest.fixture
+def one_video(data, monkeypatch):
+    """The one file that an extra installs, for both splits."""
+    monkeypatch.setattr(playback, 'FILES', dict.fromkeys(('train', 'val'), playback.FILES['train'][:1]))
+
+
+def test_playback_is_made_of_frames_of_the_file(one_video):
+    made = playback.clips(60, (1,), 'train', 8, 40)
+    (video,) = playback._videos('train', 40)
+    assert video.shape[0] > 200 and min(video.shape[2:]) == 80
+    means = made.clips.float().mean((2, 3, 4))
+    for label, clip, mean in zip(made.labels.tolist(), made.clips, means):
+        same = (clip[1:] == clip[:-1]).flatten(1).all(1)
+        assert bool(same.all()) == (label == 3)
+        assert len(mean.unique()) > 1 or label == 3
+    assert set(made.labels.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_forwards_backwards_and_shuffled_are_the_same_frames(one_video, monkeypatch):
+    """With the same random numbers for the window."""
+    found = {}
+    for label in (0, 1):
+        class Fixed(np.random.Generator):
+            def integers(self, low, high=None, size=None, **options):
+                value = super().integers(low, high, size, **options)
+                return np.full(size, label) if size is not None else value
+        monkeypatch.setattr(np.random, 'default_rng', lambda seed: Fixed(np.random.PCG64(seed)))
+        found[label] = playback.clips(5, (3,), 'train', 8, 40).clips
+    assert torch.equal(found[0], found[1].flip(1)) and not torch.equal(found[0], found[1])
+
+
+def test_a_video_that_is_not_there_is_named():
+    with pytest.raises(FileNotFoundError, match=r'the task playback needs a\.mp4 of no_such_package'):
+        playback.decode('no_such_package', 'a.mp4', 80)
+
+
+@pytest.mark.parametrize('name', ['ego', 'mocap', pytest.param('playback', marks=pytest.mark.skipif(
+    not HAVE_VIDEOS, reason='needs the videos of gradio and idtrackerai'))])
+def test_a_row_runs_on_a_task(data, tmp_path, name):
+    found = run(tmp_path, 'all', 0, SIZES['smoke'], TASKS[name])
+    assert found['task'] == name and sum(map(sum, found['confusion'])) == SIZES['smoke'].test
+    assert 'sweeps' not in found
