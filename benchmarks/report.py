@@ -19,6 +19,8 @@ from benchmarks.coverage import summary as coverage
 from benchmarks.gpu import tables as gpu
 from benchmarks.kernels.tables import render_kernels, render_prediction
 from benchmarks.markdown import table
+from benchmarks.motion import plot as motion_plot
+from benchmarks.motion import tables as motion
 from benchmarks.runtime import goals, plot, tables
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +113,10 @@ SECTIONS: dict[str, Section] = {
     'frozen': Section('README.md', 'frozen-cpu.json', partial(render_frozen, full=False), _FROZEN_STUDY),
     'frozen-training': Section('docs/training.md', 'frozen-cpu.json', render_frozen, _FROZEN_STUDY),
     **_runtime('cpu'), **_runtime('cuda'), **_coverage(),
+    **{name: Section('docs/motion.md', 'motion-cpu.json', show, '-m benchmarks.motion')
+       for name, show in motion.SECTIONS.items()},
+    'motion-search': Section(
+        'docs/motion.md', 'motion-search-cpu.json', motion.render_search, '-m benchmarks.motion.search'),
 }
 # These are of all devices' files, or of none: the goals, and the plots
 _TABLES_PAGE = 'docs/benchmarks.md'
@@ -160,10 +166,23 @@ def stale_pages(root: Path = ROOT) -> dict[Path, str]:
     return {page: text for page, text in written.items() if text != page.read_text()}
 
 
-def stale_plots(root: Path = ROOT) -> dict[Path, _Results]:
-    """Plots that show something else than the results, with these."""
-    plots = {root / 'docs' / plot_file(device): results for device, results in _runs(root).items()}
-    return {path: results for path, results in plots.items() if plot.stale(results, path)}
+def stale_plots(root: Path = ROOT) -> dict[Path, Callable[[Path], None]]:
+    """Plots that show something else than the results, and what draws them anew."""
+    found: dict[Path, Callable[[Path], None]] = {}
+    for device, results in _runs(root).items():
+        path = root / 'docs' / plot_file(device)
+        if plot.stale(results, path):
+            found[path] = partial(plot.draw, results)
+    learned, latency = (_load(root, f'motion-{name}.json') for name in ('cpu', 'latency-cpu'))
+    if learned:
+        path = root / 'docs/motion-curves.svg'
+        if motion_plot.stale(motion_plot.curves(learned), path):
+            found[path] = partial(motion_plot.draw_curves, learned)
+    if learned and latency:
+        path = root / 'docs/motion-latency.svg'
+        if motion_plot.stale(motion_plot.costs(learned, latency), path):
+            found[path] = partial(motion_plot.draw_costs, learned, latency)
+    return found
 
 
 def replace(text: str, rendered: dict[str, str]) -> str:
@@ -188,11 +207,11 @@ def main() -> int:
         else:
             page.write_text(text)
     plots = stale_plots()
-    for path, results in plots.items():
+    for path, draw in plots.items():
         if args.check:
             print(f'{path.name} is stale: run python -m benchmarks.report', file=sys.stderr)
         else:
-            plot.draw(results, path)
+            draw(path)
     return int(args.check and bool(stale or plots))
 
 

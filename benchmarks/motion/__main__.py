@@ -29,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--tasks', nargs='+', choices=list(TASKS), default=['movers'], help='default: movers')
     parser.add_argument('--groups', nargs='+', choices=list(GROUPS), default=list(GROUPS), metavar='GROUP',
                         help=f'rows of these tables, of {", ".join(GROUPS)}; default: all')
-    parser.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='ROW', help=f'only these, of {", ".join(ROWS)}')
+    parser.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='ROW',
+                        help=f'only these, of {", ".join(ROWS)}')
     parser.add_argument('--seeds', type=positive, default=5, help='how many; default: %(default)s')
     parser.add_argument('--jobs', type=positive, help='runs side by side; default: the CPU cores, one on a GPU')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')

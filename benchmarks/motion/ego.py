@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.motion.paths import Levels
-from benchmarks.motion.scene import SIDE, Batch
-from benchmarks.motion.task import DATA, Task, pairs
+from benchmarks.motion.scene import SIDE
+from benchmarks.motion.task import DATA, Clips, Task, pairs
 
 __all__ = ['EGO', 'MAPS', 'record']
 
@@ -38,7 +38,7 @@ def _game(number: int) -> Any:
     except ImportError as error:
         raise ImportError('the task ego needs vizdoom: pip install "cmr-layers[motion]"') from error
     game = vizdoom.DoomGame()
-    game.set_doom_game_path(str(Path(vizdoom.__file__).with_name('freedoom2.wad')))
+    game.set_doom_game_path(str(Path(str(vizdoom.__file__)).with_name('freedoom2.wad')))
     game.set_doom_map(f'MAP{number:02}')
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
@@ -121,7 +121,7 @@ def _recorded(split: str, side: int) -> tuple[Tensor, Tensor]:
         return torch.from_numpy(found['clips']), torch.from_numpy(found['movements'])
 
 
-def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Batch:
+def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Clips:
     """Windows of recorded clips, forwards or backwards, in other light."""
     if TICS % num_frames:
         raise ValueError(f'num_frames must divide {TICS}, got {num_frames}')
@@ -137,23 +137,23 @@ def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: 
         part = recorded[i, ::TICS // num_frames, :, top:top + side, left:left + side]
         parts.append(part.flip(0) if flip else part)
     pictures = (torch.stack(parts) * light).clamp(0, 255).byte()
-    mask = torch.zeros(count, num_frames, side, side)  # of no thing
-    return Batch(pictures, movements[chosen] * 2 + backwards, mask, mask)
+    return pictures, movements[chosen] * 2 + backwards
 
 
-def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[Clips]:
     """Batches without end."""
     i = 0
     while True:
-        made = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
-        yield made.clips.to(device), made.labels.to(device)
+        made, labels = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
+        yield made.to(device), labels.to(device)
         i += 1
 
 
 @cache
-def tests(count: int, num_frames: int, side: int, device: str) -> Batch:
+def tests(count: int, num_frames: int, side: int, device: str) -> Clips:
     """Test clips, the same for all rows and seeds."""
-    return Batch(*(part.to(device) for part in clips(count, (TEST,), 'val', num_frames, side)))
+    made, labels = clips(count, (TEST,), 'val', num_frames, side)
+    return made.to(device), labels.to(device)
 
 
 EGO = Task('ego', CLASSES, pairs(len(CLASSES)), Levels(frame=1 / 2, frames=1 / 2), train, tests)

@@ -21,11 +21,13 @@ class Recipe(NamedTuple):
         batch: Clips of an update.
         lr: Largest learning rate of AdamW, of one cycle.
         weight_decay: AdamW's.
+        amp: Whether the forward pass runs in bfloat16 where autocast says so.
     """
     updates: int = 600
     batch: int = 32
     lr: float = 3e-3
     weight_decay: float = .05
+    amp: bool = False
 
 
 def normalise(clips: Tensor) -> Tensor:
@@ -58,7 +60,8 @@ def fit(
     train_mode(model)  # what is frozen keeps its statistics
     for update in range(1, recipe.updates + 1):
         clips, labels = next(batches)
-        loss = F.cross_entropy(model(normalise(clips)), labels)
+        with torch.autocast(clips.device.type, torch.bfloat16, enabled=recipe.amp):
+            loss = F.cross_entropy(model(normalise(clips)), labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -78,7 +81,7 @@ def fit(
 @torch.no_grad()
 def confusion(model: nn.Module, clips: Tensor, labels: Tensor, classes: int, batch: int = 64) -> list[list[int]]:
     """Clips by class and by what a network in eval mode takes them for."""
-    found = torch.zeros(classes, classes, dtype=torch.long)
+    found = torch.zeros(classes, classes, dtype=torch.long, device=labels.device)
     for part, true in zip(clips.split(batch), labels.split(batch)):
         guess = model(normalise(part)).argmax(1)
         found.index_put_((true, guess), torch.ones_like(true), accumulate=True)

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from benchmarks.motion.paths import Levels
 from benchmarks.motion.photographs import windows
-from benchmarks.motion.scene import WINDOWS, Batch
-from benchmarks.motion.task import Task, pairs
+from benchmarks.motion.scene import WINDOWS
+from benchmarks.motion.task import Clips, Task, pairs
 
 __all__ = ['ACTIONS', 'MOCAP', 'joints', 'take']
 
@@ -98,7 +97,7 @@ def take(action: str) -> tuple[Array, Array]:
     return times, joints(frames[:, 1:])
 
 
-def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Batch:
+def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Clips:
     """A batch. Training cameras look from the front half, test cameras from the back half."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 2 * len(ACTIONS), count)
@@ -124,7 +123,7 @@ def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: 
     return _draw(random, labels, points, split, side)
 
 
-def _draw(random: np.random.Generator, labels: npt.NDArray[np.int64], points: Array, split: str, side: int) -> Batch:
+def _draw(random: np.random.Generator, labels: npt.NDArray[np.int64], points: Array, split: str, side: int) -> Clips:
     grounds = windows(split, WINDOWS, side)[torch.from_numpy(random.integers(0, WINDOWS, len(labels)))]
     grounds = grounds * torch.from_numpy(random.uniform(.2, .45, (len(labels), 3, 1, 1)).astype(np.float32))
     colour = torch.from_numpy(random.uniform(.6, 1, (len(labels), 1, 3, 1, 1)).astype(np.float32))
@@ -140,22 +139,23 @@ def _draw(random: np.random.Generator, labels: npt.NDArray[np.int64], points: Ar
         mask = torch.maximum(mask, (thick * side + .5 - distance).clamp(0, 1))
     frames = grounds[:, None] * (1 - mask[:, :, None]) + colour * mask[:, :, None]
     pictures = (frames.clamp(0, 1) * 255).round().byte()
-    return Batch(pictures, torch.from_numpy(labels), mask, mask)
+    return pictures, torch.from_numpy(labels)
 
 
-def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[Clips]:
     """Batches without end."""
     i = 0
     while True:
-        made = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
-        yield made.clips.to(device), made.labels.to(device)
+        made, labels = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
+        yield made.to(device), labels.to(device)
         i += 1
 
 
 @cache
-def tests(count: int, num_frames: int, side: int, device: str) -> Batch:
+def tests(count: int, num_frames: int, side: int, device: str) -> Clips:
     """Test clips, the same for all rows and seeds."""
-    return Batch(*(part.to(device) for part in clips(count, (TEST,), 'val', num_frames, side)))
+    made, labels = clips(count, (TEST,), 'val', num_frames, side)
+    return made.to(device), labels.to(device)
 
 
 CLASSES = tuple(f'{action}{way}' for action in ACTIONS for way in ('', ', backwards'))

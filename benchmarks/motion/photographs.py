@@ -15,7 +15,7 @@ __all__ = ['windows']
 
 
 @cache
-def windows(split: str, count: int, side: int, seed: int = 0) -> Tensor:
+def windows(split: str, count: int, side: int, seed: int = 0, device: str = 'cpu') -> Tensor:
     """Squares of random place and size, at least a third of the photograph's height.
 
     Args:
@@ -23,6 +23,7 @@ def windows(split: str, count: int, side: int, seed: int = 0) -> Tensor:
         count: How many, of all photographs in turn.
         side: Pixels.
         seed: Of place and size.
+        device: Where they are kept.
 
     Returns:
         (count, 3, side, side), each stretched to [0, 1].
@@ -36,4 +37,5 @@ def windows(split: str, count: int, side: int, seed: int = 0) -> Tensor:
         box = (left, top, left + part, top + part)
         found[i] = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR, box), np.float32)
     low, high = found.min((1, 2, 3), keepdims=True), found.max((1, 2, 3), keepdims=True)
-    return torch.from_numpy((found - low) / np.maximum(high - low, 1)).permute(0, 3, 1, 2).contiguous()
+    pictures = torch.from_numpy((found - low) / np.maximum(high - low, 1))
+    return pictures.permute(0, 3, 1, 2).contiguous().to(device)

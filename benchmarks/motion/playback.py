@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import Tensor
 
 from benchmarks.motion.paths import Levels
-from benchmarks.motion.scene import SIDE, Batch
-from benchmarks.motion.task import DATA, Task
+from benchmarks.motion.scene import SIDE
+from benchmarks.motion.task import DATA, Clips, Task
 from examples.action_recognition.motion_videos import needs
 
 __all__ = ['FILES', 'PLAYBACK', 'decode']
@@ -68,7 +67,7 @@ def _videos(split: str, side: int) -> tuple[npt.NDArray[np.uint8], ...]:
         return tuple(found[name] for name in found.files)
 
 
-def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Batch:
+def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Clips:
     """Windows of videos, each video as often as the others."""
     if SPAN % num_frames:
         raise ValueError(f'num_frames must divide {SPAN}, got {num_frames}')
@@ -96,23 +95,23 @@ def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: 
         elif label == 4:
             part = window[::2 * step]
         parts.append(part)
-    mask = torch.zeros(count, num_frames, side, side)  # of no thing
-    return Batch(torch.from_numpy(np.stack(parts)), torch.from_numpy(labels), mask, mask)
+    return torch.from_numpy(np.stack(parts)), torch.from_numpy(labels)
 
 
-def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[tuple[Tensor, Tensor]]:
+def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[Clips]:
     """Batches without end."""
     i = 0
     while True:
-        made = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
-        yield made.clips.to(device), made.labels.to(device)
+        made, labels = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
+        yield made.to(device), labels.to(device)
         i += 1
 
 
 @cache
-def tests(count: int, num_frames: int, side: int, device: str) -> Batch:
+def tests(count: int, num_frames: int, side: int, device: str) -> Clips:
     """Test clips, the same for all rows and seeds."""
-    return Batch(*(part.to(device) for part in clips(count, (TEST,), 'val', num_frames, side)))
+    made, labels = clips(count, (TEST,), 'val', num_frames, side)
+    return made.to(device), labels.to(device)
 
 
 # any frame fits all five; the frames without their order fit three

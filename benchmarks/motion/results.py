@@ -6,7 +6,9 @@ from benchmarks.motion.statistics import Estimate, difference, mean
 from benchmarks.motion.task import counts
 from benchmarks.motion.tasks import TASKS
 
-__all__ = ['Measure', 'Runs', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'right', 'runs_of', 'swept']
+__all__ = [
+    'Measure', 'Runs', 'after', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'right', 'runs_of',
+    'swept']
 
 Runs = dict[int, dict[str, Any]]  # by seed
 Measure = Callable[[dict[str, Any]], float]
@@ -44,7 +46,8 @@ def of_group(number: int) -> Measure:
     def measure(found: dict[str, Any]) -> float:
         table, groups = found['confusion'], TASKS[found['task']].groups
         mine = [i for i, g in enumerate(groups) if g == number]
-        return sum(table[i][i] for i in mine) / sum(sum(table[i]) for i in mine)
+        share: float = sum(table[i][i] for i in mine) / sum(sum(table[i]) for i in mine)
+        return share
     return measure
 
 
@@ -52,7 +55,17 @@ def swept(knob: str, value: float, order: bool = False) -> Measure:
     """Share of right classes with a knob at a value; ``order``: of the clips whose motion is right."""
     def measure(found: dict[str, Any]) -> float:
         _, clips, motion, both = next(point for point in found['sweeps'][knob] if point[0] == value)
-        return both / max(motion, 1) if order else both / clips
+        share: float = both / max(motion, 1) if order else both / clips
+        return share
+    return measure
+
+
+def after(point: int) -> Measure:
+    """Share of right classes at a point of the learning curve."""
+    def measure(found: dict[str, Any]) -> float:
+        _, clips, _, both = found['curve'][point]
+        share: float = both / clips
+        return share
     return measure
 
 

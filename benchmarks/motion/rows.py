@@ -20,8 +20,8 @@ __all__ = ['GROUPS', 'IMAGE_NETWORKS', 'ROWS', 'Row', 'build', 'image_network', 
 
 Shape = Mapping[str, Any]  # arguments of timm's ResNet that make it thin
 
-#: timm's name of the image network of each kind.
-IMAGE_NETWORKS = {'resnet': 'resnet26', 'res2net': 'res2net50_26w_4s'}
+#: timm's name of the image network of each kind. 'deep' has more blocks.
+IMAGE_NETWORKS = {'resnet': 'resnet26', 'deep': 'resnet26', 'res2net': 'res2net50_26w_4s'}
 
 
 class Row(NamedTuple):
@@ -59,7 +59,7 @@ def _identity_start(num_frames: int, num_classes: int, **shape: Any) -> nn.Modul
     return ClipModel(model, num_frames)
 
 
-_ALL = {'cme': 'all', 'sme': 'first'}
+_ALL: Any = {'cme': 'all', 'sme': 'first'}
 
 ROWS: dict[str, Row] = {
     'plain': Row('plain', _cmr(tim='none')),
@@ -74,9 +74,10 @@ ROWS: dict[str, Row] = {
     'only_cme': Row('CME', _cmr(cme='all', tim='none')),
     'only_sme': Row('SME', _cmr(sme='first', tim='none')),
     # Table 5
-    'all_all': Row('CME in all, SME in all', _cmr(cme='all', sme='all')),
-    'first_all': Row("CME in each stage's first, SME in all", _cmr(cme='first', sme='all')),
-    'first_first': Row("CME and SME in each stage's first", _cmr(cme='first', sme='first')),
+    'deep': Row("CME in all blocks, SME in each stage's first", _cmr(**_ALL), image='deep'),
+    'all_all': Row('CME in all, SME in all', _cmr(cme='all', sme='all'), image='deep'),
+    'first_all': Row("CME in each stage's first, SME in all", _cmr(cme='first', sme='all'), image='deep'),
+    'first_first': Row("CME and SME in each stage's first", _cmr(cme='first', sme='first'), image='deep'),
     # Table 3
     'r1': Row('r = 1', _cmr(**_ALL, reduction=1)),
     'r4': Row('r = 4', _cmr(**_ALL, reduction=4)),
@@ -118,7 +119,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'table4': ('tim', 'plain', 'cme_sme', 'all'),
     'table6': ('tim', 'mem', 'pem', 'cme', 'sme', 'all'),
     'alone': ('plain', 'only_cme', 'only_sme', 'cme_sme'),
-    'table5': ('all', 'all_all', 'first_all', 'first_first'),
+    'table5': ('deep', 'all_all', 'first_all', 'first_first'),
     'table3': ('all', 'r1', 'r4', 'r16'),
     'peers': ('tim', 'tsm', 'mem', 'stm', 'tdrl', 'tea', 'gsm', 'released', 'all'),
     'frames': ('tim', 'tim_16', 'all', 'all_16'),
@@ -143,7 +144,7 @@ def build(name: str, num_classes: int, shape: Shape, image_weights: Mapping[str,
     torch.manual_seed(seed)
     model = row.make(num_frames=row.num_frames, num_classes=num_classes, **shape)
     load_image_weights(model, image_weights)
-    head: Any = (model if isinstance(model, CMRResNet) else model.model).fc
+    head: Any = model.get_submodule('fc' if isinstance(model, CMRResNet) else 'model.fc')
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     if row.frozen:

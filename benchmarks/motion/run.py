@@ -22,13 +22,18 @@ SWEPT = {row for group in ('table4', 'table6', 'alone') for row in GROUPS[group]
 STILLS, STILLS_TEST = 0, 4  # streams of random numbers; see movers.py
 
 
+def shape_of(kind: str, size: Size) -> dict[str, Any]:
+    """Arguments that make an image network as large as it is."""
+    return {**size.shape, 'layers': size.deep} if kind == 'deep' else size.shape
+
+
 def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[str, Tensor], float]:
     """Weights of an image network that tells shapes in single frames, and how many of them; trained once, then read."""
     file = folder / f'{kind}-{seed}.pt'
     if not file.exists():
         torch.manual_seed(seed)
-        model = image_network(kind, len(SHAPES), size.shape).to(size.device)
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = image_network(kind, len(SHAPES), shape_of(kind, size)).to(size.device)
+        model = model.to(memory_format=torch.channels_last)
 
         def batches() -> Iterator[tuple[Tensor, Tensor]]:
             for i in range(size.stills.updates):
@@ -61,12 +66,12 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
     row = ROWS[name]
     weights, right = image_weights(folder, row.image, size, seed)
     classes, frames = len(task.classes), row.num_frames
-    model = build(name, classes, size.shape, weights, seed).to(size.device)
-    test = task.test(size.test, frames, size.side, size.device)
+    model = build(name, classes, shape_of(row.image, size), weights, seed).to(size.device)
+    clips, labels = task.test(size.test, frames, size.side, size.device)
     curve: list[list[int]] = []
 
     def look(update: int) -> None:
-        found = confusion(model, test.clips[:size.curve], test.labels[:size.curve], classes)
+        found = confusion(model, clips[:size.curve], labels[:size.curve], classes)
         curve.append([update * size.recipe.batch, *counts(found, task.groups)])
 
     torch.manual_seed(seed)  # for what is drawn within networks
@@ -78,7 +83,7 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
         'parameters': sum(p.numel() for p in model.parameters()),
         'learning': sum(p.numel() for p in model.parameters() if p.requires_grad), 'image': round(right, 4),
         'losses': [round(loss, 4) for loss in losses], 'curve': curve,
-        'confusion': confusion(model, test.clips, test.labels, classes)}
+        'confusion': confusion(model, clips, labels, classes)}
     if task is MOVERS and name in SWEPT:
         found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, frames, size)] for value in values]
                            for knob, values in SWEEPS.items()}
@@ -90,5 +95,5 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
 
 
 def _sweep(model: torch.nn.Module, knob: str, value: float, frames: int, size: Size) -> list[int]:
-    made = sweep(knob, value, size.curve, frames, size.side, size.device)
-    return counts(confusion(model, made.clips, made.labels, len(MOVERS.classes)), MOVERS.groups)
+    clips, labels = sweep(knob, value, size.curve, frames, size.side, size.device)
+    return counts(confusion(model, clips, labels, len(MOVERS.classes)), MOVERS.groups)

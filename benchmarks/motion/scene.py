@@ -62,6 +62,9 @@ class Difficulty(NamedTuple):
     share: Range = Range(.75, 1.)
 
 
+USUAL = Difficulty()
+
+
 class Batch(NamedTuple):
     """uint8 clips (B, T, 3, S, S); labels (B,); what of each pixel the actor is, and things are, (B, T, S, S)."""
     clips: Tensor
@@ -105,7 +108,7 @@ class _Random:
 
 def clips(
         count: int, seed: tuple[int, ...], split: str = 'train', num_frames: int = 8, side: int = SIDE,
-        difficulty: Difficulty = Difficulty(), distractors: int = 2, device: str = 'cpu',
+        difficulty: Difficulty = USUAL, distractors: int = 2, device: str = 'cpu',
 ) -> Batch:
     """A batch. Everything follows from the arguments.
 
@@ -155,9 +158,9 @@ def _draw(
     """The batch of states (B, K, T, 3), shapes (B, K) and opacities (B, K, T)."""
     B, K, T = states.shape[:3]
     device, scale = random.device, side / SIDE
-    grounds = windows(split, WINDOWS, side).to(device)[random.integers(0, WINDOWS, B)]
+    grounds = windows(split, WINDOWS, side, device=device)[random.integers(0, WINDOWS, B)]
     grounds = grounds * random.uniform(.25, .5, B, 1, 1, 1) * random.uniform(.8, 1.2, B, 3, 1, 1)
-    textures = windows(split, WINDOWS, PIECE, 1).to(device)[random.integers(0, WINDOWS, B * K)].unflatten(0, (B, K))
+    textures = windows(split, WINDOWS, PIECE, 1, device)[random.integers(0, WINDOWS, B * K)].unflatten(0, (B, K))
     textures = (.3 + .7 * textures) * random.uniform(.8, 1.2, B, K, 3, 1, 1)
     pieces = torch.cat((textures, _masks().to(device)[shapes][:, :, None]), 2)
     diameter = scale * random.uniform(*DIAMETER, B, K, 1, 1)

@@ -11,6 +11,7 @@ class Size(NamedTuple):
 
     Attributes:
         shape: Arguments of timm's ResNet that make it as large as it is.
+        deep: Its blocks where some of a stage's blocks have a layer and others have not (Table 5).
         side: Pixels of a frame's side.
         recipe: Training on clips.
         stills: Training of the image network before.
@@ -21,6 +22,7 @@ class Size(NamedTuple):
         device: Where.
     """
     shape: dict[str, Any]
+    deep: tuple[int, ...]
     side: int
     recipe: Recipe
     stills: Recipe
@@ -33,16 +35,19 @@ class Size(NamedTuple):
 
 SIZES: dict[str, Size] = {
     'cpu': Size(
-        shape=dict(layers=(2, 2, 2, 2), channels=(8, 16, 32, 64), stem_type='deep', stem_width=8), side=40,
-        recipe=Recipe(updates=1500, batch=8, lr=2e-3), stills=Recipe(updates=600, batch=128, lr=5e-3),
-        test=1500, curve=300, every=300, maps=100, device='cpu'),
+        shape=dict(layers=(1, 1, 1, 1), channels=(12, 24, 48, 96), stem_type='deep', stem_width=12),
+        deep=(2, 2, 2, 2), side=40, recipe=Recipe(updates=2000, batch=8, lr=2e-3),
+        stills=Recipe(updates=600, batch=128, lr=5e-3),
+        test=1500, curve=300, every=400, maps=100, device='cpu'),
     'gpu': Size(
-        shape=dict(layers=(3, 4, 6, 3)), side=112,
-        recipe=Recipe(updates=2000, batch=32, lr=1e-3), stills=Recipe(updates=1000, batch=256, lr=2e-3),
+        shape=dict(layers=(3, 4, 6, 3)), deep=(3, 4, 6, 3), side=112,
+        recipe=Recipe(updates=2000, batch=32, lr=1e-3, amp=True),
+        stills=Recipe(updates=1000, batch=256, lr=2e-3, amp=True),
         test=2000, curve=500, every=400, maps=100, device='cuda'),
     # what the tests run
     'smoke': Size(
-        shape=dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_type='deep', stem_width=8), side=40,
+        shape=dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_type='deep', stem_width=8), deep=(2, 1, 1, 1),
+        side=40,
         recipe=Recipe(updates=4, batch=4), stills=Recipe(updates=2, batch=8), test=24, curve=12, every=2, maps=2,
         device='cpu'),
 }

@@ -2,6 +2,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,6 +25,14 @@ Key = tuple[str, str, int]  # task, row, seed
 def start() -> None:
     """Of a process: one thread each, so that a run's sums do not depend on what runs beside it."""
     torch.set_num_threads(1)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)  # whoever waits for the result is gone
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _image(folder: Path, image: tuple[str, int], size: str) -> None:
@@ -37,7 +46,8 @@ def _run(folder: Path, key: Key, size: str) -> dict[str, Any]:
 
 def _where() -> dict[str, Any]:
     about = describe()
-    return {'machine': about['gpu'] or about['machine'], 'date': about['date'][:10], 'torch': about['versions']['torch']}
+    return {'machine': about['gpu'] or about['machine'], 'date': about['date'][:10],
+            'torch': about['versions']['torch']}
 
 
 def key_of(found: dict[str, Any]) -> Key:

@@ -6,9 +6,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from benchmarks.motion.paths import Levels
-from benchmarks.motion.scene import Batch
 
-__all__ = ['DATA', 'Task', 'counts', 'pairs']
+__all__ = ['DATA', 'Clips', 'Task', 'counts', 'pairs']
+
+Clips = tuple[Tensor, Tensor]  # uint8, (B, T, 3, S, S), and their labels, (B,)
 
 DATA = Path('motion-data')  # what is recorded or decoded once
 
@@ -32,12 +33,12 @@ class Task(NamedTuple):
         classes: Their names.
         groups: A number for each class. Classes of one group have the same frames, in another order.
         levels: What theory allows.
-        train: From (seed, batch, num_frames, side, device) to batches of uint8 clips and labels, without end.
+        train: From (seed, batch, num_frames, side, device) to batches without end.
         test: From (count, num_frames, side, device) to test clips.
     """
     name: str
     classes: tuple[str, ...]
     groups: tuple[int, ...]
     levels: Levels
-    train: Callable[[int, int, int, int, str], Iterator[tuple[Tensor, Tensor]]]
-    test: Callable[[int, int, int, str], Batch]
+    train: Callable[[int, int, int, int, str], Iterator[Clips]]
+    test: Callable[[int, int, int, str], Clips]

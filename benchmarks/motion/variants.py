@@ -26,12 +26,13 @@ class _CME(CME):
         return z + d.softmax(self.softmax_dim) @ z
 
     def gate(self, x: Tensor) -> Tensor:
-        x = self._clips(x).mean((3, 4))
-        z = self.fusion(F.linear(x, self.w1), F.linear(x, self.w2))
-        return F.linear(z, self.w3, self.b3).sigmoid()
+        with torch.autocast(x.device.type, enabled=False):  # at least in float32, as the paper's CME here
+            x = self._clips(x).mean((3, 4), dtype=torch.promote_types(x.dtype, torch.float32))
+            z = self.fusion(F.linear(x, self.w1), F.linear(x, self.w2))
+            return F.linear(z, self.w3, self.b3).sigmoid()
 
     def forward_clips(self, x: Tensor) -> Tensor:
-        return x * self.gate(x)[..., None, None]
+        return x * self.gate(x).to(x.dtype)[..., None, None]
 
 
 class SoftmaxOverT(_CME):
@@ -64,8 +65,8 @@ class PoolFirstCME(ReleasedCME):
 class DepthwiseSME(SME):
     """A convolution in (8) that scales each channel by itself."""
 
-    def __init__(self, channels: int, *args: Any, device: Any = None, dtype: Any = None, **kwargs: Any) -> None:
-        super().__init__(channels, *args, device=device, dtype=dtype, **kwargs)
+    def __init__(self, channels: int, num_frames: int = 8, device: Any = None, dtype: Any = None) -> None:
+        super().__init__(channels, num_frames, device=device, dtype=dtype)
         self.conv = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
 
@@ -98,7 +99,7 @@ class ShuffledCME(CME):
 
     def forward_clips(self, x: Tensor) -> Tensor:
         gates = self.gate(x)
-        return x * gates[:, torch.randperm(x.shape[1])][..., None, None]
+        return x * gates[:, torch.randperm(x.shape[1])].to(x.dtype)[..., None, None]
 
 
 class ShuffledSME(SME):

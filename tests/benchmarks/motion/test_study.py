@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from benchmarks.motion.__main__ import main
+from benchmarks.motion.rows import image_network
 from benchmarks.motion.run import run
+from benchmarks.motion.scene import clips, stills
 from benchmarks.motion.size import SIZES
 from benchmarks.motion.study import save, study
 
@@ -71,3 +73,26 @@ def test_maps_are_measured_where_there_are_layers(tmp_path):
     assert set(found['all']) == {'sme', 'cme_top', 'cme_bottom', 'difference'}
     # pixels of the actor differ from the next frame's more than others do; nothing was learned for that
     assert found['all']['difference'][0] > .7
+
+
+@pytest.mark.parametrize('name', ['all', 'similar', 'gsm', 'released'])
+def test_a_run_in_half_precision_as_on_a_gpu(tmp_path, name):
+    size = SMOKE._replace(recipe=SMOKE.recipe._replace(amp=True), stills=SMOKE.stills._replace(amp=True))
+    found = run(tmp_path, name, 0, size)
+    assert sum(map(sum, found['confusion'])) == SMOKE.test and len(found['losses']) == 2
+    assert all(loss == loss and loss < 10 for loss in found['losses'])
+
+
+@pytest.mark.parametrize('make', [clips, stills])
+def test_clips_are_drawn_on_the_device_that_is_asked_for(make):
+    """The meta device refuses to mix with another one, as a GPU does."""
+    made = make(4, (1,), side=56, device='meta')
+    assert {tensor.device.type for tensor in made} == {'meta'} and made.clips.shape[-2:] == (56, 56)
+
+
+def test_the_larger_size_is_a_resnet_50_for_a_gpu():
+    size = SIZES['gpu']
+    assert size.device == 'cuda' and size.side == 112
+    model = image_network('resnet', 6, size.shape)
+    assert [len(stage) for stage in (model.layer1, model.layer2, model.layer3, model.layer4)] == [3, 4, 6, 3]
+    assert model.fc.in_features == 2048

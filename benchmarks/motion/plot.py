@@ -1,0 +1,121 @@
+"""The plots of docs/motion.md: how rows learn and what they bear, and what their accuracy costs.
+
+Needs the extra [bench].
+"""
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.motion.movers import SWEEPS
+from benchmarks.motion.results import after, estimate, right, runs_of, swept
+from benchmarks.motion.rows import ROWS
+from benchmarks.motion.statistics import Estimate
+
+__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs', 'digest', 'stale']
+
+_Results = dict[str, Any]
+_Curve = list[tuple[float, Estimate]]
+#: Rows of the curves, and their colours.
+CURVES = {'plain': '#9a9a9a', 'cme_sme': '#d9a441', 'tim': '#3d5a80', 'cme': '#6a994e', 'sme': '#8e5ea2',
+          'all': '#b3371f'}
+_AXES = {'clips': 'training clips', 'step': 'step: pixels in an eighth of a clip',
+         'clutter': 'clutter: opacity of the distractors', 'share': 'share of frames that show the actor'}
+
+
+def curves(results: _Results) -> dict[str, dict[str, _Curve]]:
+    """Right answers by training clips and by each knob, for each row that was measured."""
+    rows = [row for row in CURVES if runs_of(results, row)]
+    found: dict[str, dict[str, _Curve]] = {name: {} for name in _AXES}
+    for row in rows:
+        seen = [point[0] for point in next(iter(runs_of(results, row).values()))['curve']]
+        found['clips'][row] = [(clips, _sure(estimate(results, row, after(i)))) for i, clips in enumerate(seen)]
+        for knob, values in SWEEPS.items():
+            found[knob][row] = [(value, _sure(estimate(results, row, swept(knob, value)))) for value in values]
+    return found
+
+
+def costs(results: _Results, latency: _Results) -> list[tuple[str, float, float, float, Estimate]]:
+    """Rows with a latency: name, ratio to TIM and its interval, right answers."""
+    found = []
+    for row, time in latency['rows'].items():
+        accuracy = estimate(results, row, right)
+        if accuracy:
+            ratio = time['ratio']
+            found.append((row, ratio['median'], ratio['low'], ratio['high'], accuracy))
+    return found
+
+
+def _sure(found: Estimate | None) -> Estimate:
+    assert found is not None
+    return found
+
+
+def digest(shown: Any) -> str:
+    """Of what is drawn; the picture carries it."""
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
+
+
+def stale(shown: Any, path: Path) -> bool:
+    """Whether a picture shows something else."""
+    return not path.exists() or f'data {digest(shown)}' not in path.read_text()
+
+
+def draw_curves(results: _Results, path: Path) -> None:
+    """Write the curves as SVG."""
+    shown = curves(results)
+
+    def fill(figure: Any) -> None:
+        for axes, (name, rows) in zip(figure.subplots(1, 4, sharey=True), shown.items()):
+            for row, points in rows.items():
+                x = [point for point, _ in points]
+                axes.plot(x, [100 * e.mean for _, e in points], color=CURVES[row], marker='.', label=ROWS[row].label)
+                axes.fill_between(x, [100 * e.low for _, e in points], [100 * e.high for _, e in points],
+                                  color=CURVES[row], alpha=.12, linewidth=0)
+            axes.axhline(50, color='black', linewidth=.6, linestyle=':')
+            axes.set_xlabel(_AXES[name])
+            axes.set_ylim(0, 100)
+            axes.spines[['top', 'right']].set_visible(False)
+            if name == 'clips':
+                axes.set_ylabel('right, % (bands: 95% intervals)')
+                axes.legend(frameon=False, fontsize=7, loc='upper left')
+    _draw(shown, path, (12, 3.4), fill)
+
+
+def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
+    """Write accuracy against latency as SVG."""
+    shown = costs(results, latency)
+
+    def fill(figure: Any) -> None:
+        axes = figure.subplots()
+        for row, ratio, low, high, accuracy in shown:
+            color = CURVES.get(row, '#555555')
+            axes.errorbar(
+                ratio, 100 * accuracy.mean, xerr=[[ratio - low], [high - ratio]],
+                yerr=[[100 * (accuracy.mean - accuracy.low)], [100 * (accuracy.high - accuracy.mean)]], fmt='o',
+                markersize=4, color=color, elinewidth=.5, capsize=1.5)
+            axes.annotate(ROWS[row].label, (ratio, 100 * accuracy.mean), xytext=(4, 3), textcoords='offset points',
+                          color=color, fontsize=7)
+        axes.set_xscale('log')
+        ticks = [tick for tick in (.8, 1, 1.2, 1.5, 2, 3, 4)]
+        axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel('latency as a ResNet-50, TIM = 1')
+        axes.set_ylabel('right, %')
+        axes.spines[['top', 'right']].set_visible(False)
+    _draw(shown, path, (9, 5), fill)
+
+
+def _draw(shown: Any, path: Path, size: tuple[float, float], fill: Callable[[Any], None]) -> None:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('the plots need matplotlib: pip install "cmr-layers[bench]"') from error
+    with matplotlib.rc_context({'svg.hashsalt': 'cmr-layers', 'svg.fonttype': 'none', 'font.size': 9}):
+        figure = Figure(figsize=size, layout='constrained')
+        fill(figure)
+        figure.savefig(path, format='svg', metadata={'Date': None, 'Description': f'data {digest(shown)}'})
+    path.write_text(re.sub(r' +$', '', path.read_text(), flags=re.MULTILINE))
