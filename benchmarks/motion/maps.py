@@ -1,7 +1,7 @@
 """Figure 5 with a number: how well do SME's map and CME's channels find the thing that moves?
 
-The number is the area under the ROC curve: the probability that a pixel of the thing is brighter on the map than a
-pixel beside it. 1/2 is chance.
+The number is the area under the ROC curve: the probability that a pixel of the thing is brighter on the map than
+another pixel of the clip. 1/2 is chance.
 """
 from typing import Any
 
@@ -32,27 +32,29 @@ def area(values: Tensor, inside: Tensor) -> float:
     return float((rank[inside].sum() - n * (n + 1) / 2) / (n * rest)) if n and rest else float('nan')
 
 
-def moving(count: int, side: int) -> Batch:
+def moving(count: int, side: int, seed: int = 0) -> Batch:
     """Clips whose actor moves and is visible in all frames, among distractors that are nearly as bright."""
     difficulty = Difficulty(step=Range(2., 3.), clutter=Range(.8, .8), share=Range(1., 1.))
-    made = clips(2 * count, (STREAM,), 'val', side=side, difficulty=difficulty)
+    made = clips(2 * count, (STREAM, seed), 'val', side=side, difficulty=difficulty)
     chosen = (made.labels < GOES_ON).nonzero()[:count, 0]
     return Batch(*(part[chosen] for part in made))
 
 
-def localisation(model: nn.Module, size: Size) -> dict[str, list[float]]:
+def localisation(model: nn.Module, seed: int, size: Size) -> dict[str, list[float]]:
     """Areas of each map, mean over clips: to find the actor, and to find all things. Empty without CME and SME."""
     if not any(isinstance(m, ClipLayer) and (hasattr(m, 'gate') or hasattr(m, 'similarity')) for m in model.modules()):
         return {}
-    made = moving(size.maps, size.side)
+    made = moving(size.maps, size.side, seed)
     found: dict[str, list[tuple[float, float]]] = {}
     for i in range(len(made.labels)):
         clip = made.clips[i:i + 1]
         seen = motion_maps(model, normalise(clip).unflatten(0, (1, -1)).to(size.device))
         pixels = clip[0].float().mean(1)
-        maps: dict[str, Any] = {
+        change = F.pad((pixels[1:] - pixels[:-1]).abs(), (0, 0, 0, 0, 0, 1))
+        grid = next(values.shape[1:] for values in (seen.motion, seen.top) if values is not None)
+        maps: dict[str, Any] = {  # all of the same resolution
             'sme': seen.motion, 'cme_top': seen.top, 'cme_bottom': seen.bottom,
-            'difference': torch.cat(((pixels[1:] - pixels[:-1]).abs(), pixels[-1:] * 0))}
+            'difference': F.adaptive_avg_pool2d(change, (grid[0], grid[1]))}
         for name, values in maps.items():
             if values is not None:
                 # the last frame has no next one

@@ -6,7 +6,6 @@ but the same takes, so nothing is said on other persons. Only files of the packa
 """
 import importlib.util
 import json
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from benchmarks.motion.paths import Levels
 from benchmarks.motion.photographs import windows
 from benchmarks.motion.scene import WINDOWS
-from benchmarks.motion.task import Clips, Task, pairs
+from benchmarks.motion.task import Clips, make_task, pairs
 
 __all__ = ['ACTIONS', 'MOCAP', 'joints', 'take']
 
@@ -27,7 +26,6 @@ Array = npt.NDArray[np.float64]
 ACTIONS = ('walk', 'run', 'jump', 'kick', 'punch', 'cartwheel', 'backflip', 'crawl', 'roll', 'spin', 'spinkick',
            'dance_a', 'dance_b', 'getup_facedown', 'getup_faceup')
 SECONDS = 1.  # of a clip
-TRAIN, TEST = 11, 12  # streams of random numbers
 
 # Skeleton: parent, place in the parent's frame in metres, and how many numbers of a frame its rotation has.
 _SKELETON: dict[str, tuple[str, tuple[float, float, float], int]] = {
@@ -97,8 +95,13 @@ def take(action: str) -> tuple[Array, Array]:
     return times, joints(frames[:, 1:])
 
 
-def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int) -> Clips:
-    """A batch. Training cameras look from the front half, test cameras from the back half."""
+def clips(
+        count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int, device: str = 'cpu',
+) -> Clips:
+    """A batch. Training cameras look from two opposite quarters, test cameras from the other two.
+
+    Opposite, as a flat figure seen from behind is its mirror image.
+    """
     random = np.random.default_rng(seed)
     labels = random.integers(0, 2 * len(ACTIONS), count)
     points = np.empty((count, num_frames, len(_NAMES), 2))
@@ -112,7 +115,8 @@ def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: 
         seen = places[moment - 1] * (1 - part) + places[moment] * part
         if label % 2:
             seen = seen[::-1]
-        turn, tilt = random.uniform(0, np.pi) + (np.pi if split == 'val' else 0), random.uniform(-.1, .4)
+        turn = random.uniform(0, np.pi / 2) + np.pi * random.integers(2) + (np.pi / 2 if split == 'val' else 0)
+        tilt = random.uniform(-.1, .4)
         x = np.cos(turn) * seen[..., 0] + np.sin(turn) * seen[..., 2]
         depth = np.cos(turn) * seen[..., 2] - np.sin(turn) * seen[..., 0]
         y = np.cos(tilt) * seen[..., 1] + np.sin(tilt) * depth
@@ -120,7 +124,8 @@ def clips(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: 
         middle = (flat.min((0, 1)) + flat.max((0, 1))) / 2  # the camera stands still and has all of the clip in view
         scale = random.uniform(.75, .9) * side / max(np.ptp(flat, axis=(0, 1)).max(), 1.2)
         points[i] = (flat - middle) * scale + side / 2 + random.uniform(-.05, .05, 2) * side
-    return _draw(random, labels, points, split, side)
+    made, known = _draw(random, labels, points, split, side)
+    return made.to(device), known.to(device)
 
 
 def _draw(random: np.random.Generator, labels: npt.NDArray[np.int64], points: Array, split: str, side: int) -> Clips:
@@ -142,21 +147,5 @@ def _draw(random: np.random.Generator, labels: npt.NDArray[np.int64], points: Ar
     return pictures, torch.from_numpy(labels)
 
 
-def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[Clips]:
-    """Batches without end."""
-    i = 0
-    while True:
-        made, labels = clips(batch, (TRAIN, seed, i), 'train', num_frames, side)
-        yield made.to(device), labels.to(device)
-        i += 1
-
-
-@cache
-def tests(count: int, num_frames: int, side: int, device: str) -> Clips:
-    """Test clips, the same for all rows and seeds."""
-    made, labels = clips(count, (TEST,), 'val', num_frames, side)
-    return made.to(device), labels.to(device)
-
-
 CLASSES = tuple(f'{action}{way}' for action in ACTIONS for way in ('', ', backwards'))
-MOCAP = Task('mocap', CLASSES, pairs(len(CLASSES)), Levels(frame=1 / 2, frames=1 / 2), train, tests)
+MOCAP = make_task('mocap', CLASSES, pairs(len(CLASSES)), Levels(frame=1 / 2, frames=1 / 2), clips)

@@ -1,39 +1,28 @@
 """The procedural task: what does the bar do? See :mod:`.paths` for its classes and :mod:`.scene` for its clips."""
-from collections.abc import Iterator
-from functools import cache
+from functools import lru_cache
 
 from benchmarks.motion.paths import CLASSES, LEVELS
 from benchmarks.motion.scene import Difficulty, Range, clips
-from benchmarks.motion.task import Clips, Task, pairs
+from benchmarks.motion.task import Clips, make_task, pairs
 
-__all__ = ['SWEEPS', 'MOVERS', 'tests', 'train']
+__all__ = ['MOVERS', 'SWEEPS', 'sweep']
 
 #: Values of each knob at which networks are tested; the other knobs are as in training.
 SWEEPS: dict[str, tuple[float, ...]] = {
     'step': (.5, 1., 1.5, 2.5, 3.5, 5.), 'clutter': (0., .25, .5, .75, 1.), 'share': (.4, .6, .8, 1.)}
-TRAIN, TEST, SWEEP = 1, 2, 3  # streams of random numbers
+SWEEP = 2  # a stream of random numbers; the task has 0 and 1
 
 
-def train(seed: int, batch: int, num_frames: int, side: int, device: str) -> Iterator[Clips]:
-    """Batches without end; no clip comes twice."""
-    i = 0
-    while True:
-        yield clips(batch, (TRAIN, seed, i), 'train', num_frames, side, device=device)[:2]
-        i += 1
+def _make(count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int, device: str) -> Clips:
+    return clips(count, seed, split, num_frames, side, device=device)[:2]
 
 
-@cache
-def tests(count: int, num_frames: int, side: int, device: str) -> Clips:
-    """Test clips, the same for all rows and seeds: of photographs that no training clip shows."""
-    return clips(count, (TEST,), 'val', num_frames, side, device=device)[:2]
-
-
-@cache
-def sweep(knob: str, value: float, count: int, num_frames: int, side: int, device: str) -> Clips:
+@lru_cache(maxsize=sum(map(len, SWEEPS.values())))
+def sweep(knob: str, value: float, seed: int, count: int, num_frames: int, side: int, device: str) -> Clips:
     """Test clips with one knob at a value."""
     difficulty = Difficulty()._replace(**{knob: Range(value, value)})
-    stream = (SWEEP, list(SWEEPS).index(knob), SWEEPS[knob].index(value))
+    stream = (SWEEP, seed, list(SWEEPS).index(knob), SWEEPS[knob].index(value))
     return clips(count, stream, 'val', num_frames, side, difficulty, device=device)[:2]
 
 
-MOVERS = Task('movers', CLASSES, pairs(len(CLASSES)), LEVELS, train, tests)
+MOVERS = make_task('movers', CLASSES, pairs(len(CLASSES)), LEVELS, _make)

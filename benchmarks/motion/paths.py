@@ -7,9 +7,9 @@ uniform on the circle, so in every frame, whichever class it is, its place and a
 - one frame, even one whose time is known, says nothing on the class;
 - the frames without their order say nothing on which class of its pair it is.
 
-The last two motions differ from each other in long-range order only: in both the actor is displaced sideways in a
-quarter of the frames, up or down in a quarter, and at rest in half of them. Within each of these pairs the pairs of
-adjacent frames are the same, too, counted without their place in the clip.
+In the last two motions the actor is displaced sideways in a quarter of the frames, down in a quarter, and at rest in
+half of them. The two orders of "once" have the same pairs of neighbouring frames, too. So what tells them apart is
+either several frames apart, or a place in time, which a network knows from the padding at both ends of a clip.
 """
 from typing import NamedTuple
 
@@ -32,7 +32,9 @@ class Levels(NamedTuple):
     frames: float
 
 
-#: One frame; all frames, without their order.
+#: One frame; all frames, without their order: exact for what the actor does. Were there no distractors, whose motion is
+#: a clock that tells the order of all frames but not its sense, the last four classes could not be told apart, and the
+#: second would be 5/12.
 LEVELS = Levels(frame=1 / len(CLASSES), frames=1 / 2)
 
 

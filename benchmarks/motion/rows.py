@@ -12,11 +12,11 @@ from benchmarks.motion import variants
 from benchmarks.peers import PEERS
 from benchmarks.peers.tdrl import PEM
 from benchmarks.peers.tei import MEM
-from cmr_layers import CMRBlock, CMRResNet, freeze, retrofit
+from cmr_layers import CME, TIM, CMRBlock, CMRResNet, freeze, retrofit
 from cmr_layers.clip_model import ClipModel
 from cmr_layers.released import CMRBlock as ReleasedBlock
 
-__all__ = ['GROUPS', 'IMAGE_NETWORKS', 'ROWS', 'Row', 'build', 'image_network', 'load_image_weights']
+__all__ = ['BASES', 'GROUPS', 'IMAGE_NETWORKS', 'ROWS', 'Row', 'build', 'image_network', 'load_image_weights']
 
 Shape = Mapping[str, Any]  # arguments of timm's ResNet that make it thin
 
@@ -101,10 +101,12 @@ ROWS: dict[str, Row] = {
     'early': Row('SME before the ReLU', _cmr(**_ALL, block=variants.EarlyBlock)),
     'depthwise': Row('SME with a depthwise convolution', _cmr(
         **_ALL, block=_block(sme_layer=variants.DepthwiseSME))),
-    'identity': Row('start: identity', _identity_start),
+    'even': Row("gates start at 1/2, TIM's shift at 2", _cmr(**_ALL, block=_block(
+        cme_layer=partial(CME, gate_init=.5), tim_layer=partial(TIM, gain=2.)))),
+    'identity': Row('the network starts as its image network', _identity_start),
     'frozen_tim': Row('TIM, image network frozen', _cmr(), frozen=True),
     'frozen_all': Row('TIM + CME&SME, image network frozen', _cmr(**_ALL), frozen=True),
-    'frozen_identity': Row('start: identity, image network frozen', _identity_start, frozen=True),
+    'frozen_identity': Row('the same, image network frozen', _identity_start, frozen=True),
     # faults, which the study has to notice
     'broken_cme': Row('CME hands on its input', _cmr(cme='all', block=_block(cme_layer=variants.BrokenCME))),
     'broken_sme': Row('SME hands on its input', _cmr(
@@ -114,7 +116,7 @@ ROWS: dict[str, Row] = {
         sme='first', tim='none', block=_block(sme_layer=variants.ShuffledSME))),
 }
 
-#: Rows by table; the first is what differences are taken to.
+#: Rows by table; the first is what differences are taken to, but for :data:`BASES`.
 GROUPS: dict[str, tuple[str, ...]] = {
     'table4': ('tim', 'plain', 'cme_sme', 'all'),
     'table6': ('tim', 'mem', 'pem', 'cme', 'sme', 'all'),
@@ -123,10 +125,16 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'table3': ('all', 'r1', 'r4', 'r16'),
     'peers': ('tim', 'tsm', 'mem', 'stm', 'tdrl', 'tea', 'gsm', 'released', 'all'),
     'frames': ('tim', 'tim_16', 'all', 'all_16'),
-    'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'identity'),
-    'frozen': ('frozen_tim', 'frozen_all', 'frozen_identity', 'tim', 'all', 'identity'),
+    'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
+                  'identity'),
+    'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
     'faults': ('tim', 'cme', 'broken_cme', 'shuffled_cme', 'plain', 'only_sme', 'broken_sme', 'shuffled_sme'),
 }
+#: What differences are taken to, where it is not the first row of a table.
+BASES: dict[str, str] = {
+    'all_16': 'tim_16', 'pool_first': 'released', 'shuffled_cme': 'cme', 'only_sme': 'plain', 'broken_sme': 'plain',
+    'shuffled_sme': 'only_sme', 'frozen_tim': 'tim', 'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all',
+    'identity': 'all'}
 
 
 def image_network(kind: str, num_classes: int, shape: Shape) -> nn.Module:

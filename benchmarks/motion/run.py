@@ -1,4 +1,8 @@
-"""One run: a row, trained from a seed and tested. It follows from its arguments to the last digit on one machine."""
+"""One run: a row, trained from a seed and tested.
+
+On one thread of a CPU it follows from its arguments to the last digit.
+"""
+import hashlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +23,7 @@ __all__ = ['SWEPT', 'image_weights', 'run']
 
 #: Rows that are tested at all values of the knobs, and whose maps are looked at.
 SWEPT = {row for group in ('table4', 'table6', 'alone') for row in GROUPS[group]}
-STILLS, STILLS_TEST = 0, 4  # streams of random numbers; see movers.py
+STILLS, STILLS_TEST = 3, 4  # streams of random numbers; see movers.py
 
 
 def shape_of(kind: str, size: Size) -> dict[str, Any]:
@@ -29,7 +33,8 @@ def shape_of(kind: str, size: Size) -> dict[str, Any]:
 
 def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[str, Tensor], float]:
     """Weights of an image network that tells shapes in single frames, and how many of them; trained once, then read."""
-    file = folder / f'{kind}-{seed}.pt'
+    settings = repr((shape_of(kind, size), size.side, size.stills))
+    file = folder / f'{kind}-{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.pt'
     if not file.exists():
         torch.manual_seed(seed)
         model = image_network(kind, len(SHAPES), shape_of(kind, size)).to(size.device)
@@ -67,7 +72,7 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
     weights, right = image_weights(folder, row.image, size, seed)
     classes, frames = len(task.classes), row.num_frames
     model = build(name, classes, shape_of(row.image, size), weights, seed).to(size.device)
-    clips, labels = task.test(size.test, frames, size.side, size.device)
+    clips, labels = task.test(seed, size.test, frames, size.side, size.device)
     curve: list[list[int]] = []
 
     def look(update: int) -> None:
@@ -85,15 +90,15 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
         'losses': [round(loss, 4) for loss in losses], 'curve': curve,
         'confusion': confusion(model, clips, labels, classes)}
     if task is MOVERS and name in SWEPT:
-        found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, frames, size)] for value in values]
+        found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, seed, frames, size)] for value in values]
                            for knob, values in SWEEPS.items()}
-        found['maps'] = localisation(model, size)
+        found['maps'] = localisation(model, seed, size)
     part = folder / f'{task.name}-{name}-{seed}.part'
     torch.save(model.cpu().state_dict(), part)
     part.replace(part.with_suffix('.pt'))
     return found
 
 
-def _sweep(model: torch.nn.Module, knob: str, value: float, frames: int, size: Size) -> list[int]:
-    clips, labels = sweep(knob, value, size.curve, frames, size.side, size.device)
+def _sweep(model: torch.nn.Module, knob: str, value: float, seed: int, frames: int, size: Size) -> list[int]:
+    clips, labels = sweep(knob, value, seed, size.curve, frames, size.side, size.device)
     return counts(confusion(model, clips, labels, len(MOVERS.classes)), MOVERS.groups)

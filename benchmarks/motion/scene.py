@@ -18,7 +18,7 @@ from .photographs import windows
 
 __all__ = ['ACTOR', 'SHAPES', 'Batch', 'Difficulty', 'Range', 'clips', 'stills']
 
-SIDE = 40  # pixels of the frames that all lengths are given for; larger frames show the same, larger
+SIDE = 40  # pixels of the frames that all lengths are given for; in larger frames things are larger
 DIAMETER = (12., 16.)  # of a thing
 PIECE = 24  # pixels of a thing's texture and mask, before it is drawn
 WINDOWS = 480  # of photographs, for each split
@@ -136,7 +136,8 @@ def clips(
     shapes = torch.cat((torch.full_like(labels[:, None], ACTOR), random.integers(1, len(SHAPES), B, distractors)), 1)
     opacity = torch.cat((torch.ones_like(clutter[:, None]), clutter[:, None].expand(-1, distractors)), 1)
     visible = opacity[:, :, None].repeat(1, 1, T)
-    visible[:, 0] = (random.uniform(0, 1, B, T) < share[:, None]).float()
+    # of a stream of its own: all else is the same for any number of frames
+    visible[:, 0] = (_Random((*seed, 0), device).uniform(0, 1, B, T) < share[:, None]).float()
     return _draw(random, labels, states, shapes, visible, split, side)
 
 

@@ -35,8 +35,21 @@ def start() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _image(folder: Path, image: tuple[str, int], size: str) -> None:
-    image_weights(folder, image[0], SIZES[size], image[1])
+def _prepare(task: str, size: str) -> None:
+    """Record or decode what a task has."""
+    chosen = SIZES[size]
+    next(TASKS[task].train(0, 1, 8, chosen.side, chosen.device))
+    TASKS[task].test(0, 1, 8, chosen.side, chosen.device)
+
+
+def _image(folder: Path, kind: str, seed: int, size: str) -> None:
+    image_weights(folder, kind, SIZES[size], seed)
+
+
+def _within(results: dict[str, Any], left: list[Key], jobs: int, minutes: float) -> int:
+    """How many runs can begin within the time, by the longest so far."""
+    longest = max((found['seconds'] for found in results['runs']), default=0.)
+    return len(left) if minutes == float('inf') else max(1, int(jobs * 60 * minutes / max(longest, 30)))
 
 
 def _run(folder: Path, key: Key, size: str) -> dict[str, Any]:
@@ -48,6 +61,11 @@ def _where() -> dict[str, Any]:
     about = describe()
     return {'machine': about['gpu'] or about['machine'], 'date': about['date'][:10],
             'torch': about['versions']['torch']}
+
+
+def as_dict(value: Any) -> Any:
+    """A named tuple, and those in it, by name."""
+    return {name: as_dict(part) for name, part in value._asdict().items()} if hasattr(value, '_asdict') else value
 
 
 def key_of(found: dict[str, Any]) -> Key:
@@ -82,7 +100,7 @@ def study(
     Raises:
         ValueError: ``out`` is of a study of another size.
     """
-    settings = json.loads(json.dumps(SIZES[size], default=str))
+    settings = json.loads(json.dumps(as_dict(SIZES[size])))
     now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
     results = read_json(out) or now
     if results.get('settings') != settings:
@@ -91,12 +109,15 @@ def study(
     done = {key_of(found) for found in results['runs']}
     left = [key for key in keys if key not in done]
     folder.mkdir(parents=True, exist_ok=True)
-    begin, longest = time.monotonic(), 0.
+    begin, longest = time.monotonic(), max((found['seconds'] for found in results['runs']), default=0.)
     running: dict[Future[dict[str, Any]], tuple[Key, float]] = {}
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start)
     try:
-        images = dict.fromkeys((ROWS[row].image, seed) for _, row, seed in left)  # before, as several runs share one
-        for ended in [pool.submit(_image, folder, image, size) for image in images]:
+        # what several runs share is there before them
+        for ended in [pool.submit(_prepare, task, size) for task in dict.fromkeys(key[0] for key in left)]:
+            ended.result()
+        for ended in [pool.submit(_image, folder, *image, size) for image in dict.fromkeys(
+                (ROWS[row].image, seed) for _, row, seed in left[:_within(results, left, jobs, minutes)])]:
             ended.result()
         while left or running:
             while left and len(running) < jobs and time.monotonic() - begin + longest < 60 * minutes:

@@ -1,7 +1,8 @@
 """The tables of docs/motion.md."""
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import Any
 
 from benchmarks.markdown import table
 from benchmarks.motion.movers import SWEEPS
@@ -18,11 +19,11 @@ from benchmarks.motion.results import (
     runs_of,
     swept,
 )
-from benchmarks.motion.rows import GROUPS, ROWS
+from benchmarks.motion.rows import BASES, GROUPS, ROWS
 from benchmarks.motion.statistics import Estimate
 from benchmarks.motion.tasks import TASKS
 
-__all__ = ['SECTIONS', 'render_claims', 'render_group', 'render_method', 'render_search']
+__all__ = ['SECTIONS', 'claims', 'render_claims', 'render_group', 'render_method', 'render_search']
 
 _Results = dict[str, Any]
 MAIN = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all')
@@ -30,8 +31,7 @@ MAIN = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all')
 #: Top-1 on Something-Something V1 in the paper's tables 3 to 6, for 8 frames and ResNet-50.
 PAPER = {
     'plain': 18.1, 'cme_sme': 43.5, 'tim': 46.1, 'all': 51.3, 'mem': 47.4, 'pem': 48.7, 'cme': 50.6, 'sme': 50.6,
-    'deep': 51.3, 'all_all': 51.0, 'first_all': 51.2, 'first_first': 50.4, 'r1': 47.3, 'r4': 50.6, 'r16': 50.3, 'tsm': 45.6,
-    'stm': 49.2, 'tdrl': 49.8}
+    'deep': 51.3, 'all_all': 51.0, 'first_all': 51.2, 'first_first': 50.4, 'r1': 47.3, 'r4': 50.6, 'r16': 50.3}
 
 
 def _show(found: Estimate | None, sign: bool = False) -> str:
@@ -42,52 +42,47 @@ def _has(results: _Results, row: str, task: str = 'movers') -> bool:
     return bool(runs_of(results, row, task))
 
 
-def render_group(results: _Results, name: str, task: str = 'movers', paper: bool = True) -> str:
-    """A table of the paper: shares of right answers, the difference to the first row, and what is right of it."""
-    base, *_ = rows = [row for row in GROUPS[name] if _has(results, row, task)] or ['']
-    if base != GROUPS[name][0]:
+def render_group(results: _Results, name: str, task: str = 'movers') -> str:
+    """Some rows: shares of right answers, differences, and what is right of an answer."""
+    rows = [row for row in GROUPS[name] if _has(results, row, task)]
+    if GROUPS[name][0] not in rows:
         return 'not measured yet'
-    paper = paper and any(row in PAPER for row in rows)
-    head = ['', 'seeds', 'right, %', f'difference to {ROWS[base].label}, points', 'which motion, %',
-            'its order, % (chance 50)', 'parameters, thousands']
-    if task == 'playback':
-        head[4:6] = ['which group, %', 'its order, % (chance 33 for the one that has three)']
-    lines = []
-    for row in rows:
-        runs = runs_of(results, row, task)
-        lines.append([
-            ROWS[row].label, str(len(runs)), _show(estimate(results, row, right, task)),
-            '' if row == base else _show(difference_of(results, row, base, right, task), True),
+    lines = [_line(results, row, BASES[row] if BASES.get(row) in rows else rows[0], task) for row in rows]
+    head = ['', 'seeds', 'right, %', 'difference, points', 'to', 'which motion, %', 'its order, % (chance 50)',
+            'parameters, thousands']
+    if not any(row in PAPER for row in rows):
+        return table(head, lines)
+    paper = [f'{PAPER[row]}' if row in PAPER else '' for row in rows]
+    return table([*head, 'paper, top-1, %'], [[*line, share] for line, share in zip(lines, paper)])
+
+
+def _line(results: _Results, row: str, base: str, task: str) -> list[str]:
+    runs = runs_of(results, row, task)
+    compared = ['', ''] if row == base else [
+        _show(difference_of(results, row, base, right, task), True), ROWS[base].label]
+    return [ROWS[row].label, str(len(runs)), _show(estimate(results, row, right, task)), *compared,
             _show(estimate(results, row, group, task)), _show(estimate(results, row, direction, task)),
-            f'{next(iter(runs.values()))["parameters"] / 1000:.0f}'])
-        if paper:
-            lines[-1].append(f'{PAPER[row]}' if row in PAPER else '')
-    return table([*head, *(['paper, Something-Something V1'] if paper else [])], lines)
+            f'{next(iter(runs.values()))["parameters"] / 1000:.0f}']
 
 
-class Claim(NamedTuple):
-    """That one row is better than another."""
-    where: str
-    better: str
-    worse: str
+_TABLES = {'table4': 'Table 4', 'table6': 'Table 6', 'table5': 'Table 5', 'table3': 'Table 3'}
 
 
-CLAIMS = [
-    Claim('Table 4', 'cme_sme', 'plain'), Claim('Table 4', 'tim', 'cme_sme'), Claim('Table 4', 'all', 'tim'),
-    Claim('Table 6', 'mem', 'tim'), Claim('Table 6', 'pem', 'mem'), Claim('Table 6', 'cme', 'pem'),
-    Claim('Table 6', 'cme', 'tim'), Claim('Table 6', 'sme', 'tim'), Claim('Table 6', 'all', 'cme'),
-    Claim('Table 6', 'all', 'sme'),
-    Claim('Table 3', 'all', 'r1'), Claim('Table 3', 'all', 'r4'), Claim('Table 3', 'all', 'r16'),
-    Claim('Table 5', 'deep', 'first_first'), Claim('Table 5', 'deep', 'all_all'), Claim('Table 7', 'all', 'stm'), Claim('Table 7', 'all', 'tdrl'),
-    Claim('Table 7', 'mem', 'tsm'),
-]
-_PAPER_TEI = 47.4  # TIM + MEM is TEINet
+def claims() -> list[tuple[str, str, str]]:
+    """All orders of two rows in the paper's tables 3 to 6: where, the better row, the worse row."""
+    found: dict[tuple[str, str], str] = {}
+    for name, where in _TABLES.items():
+        for pair in combinations(GROUPS[name], 2):
+            better, worse = sorted(pair, key=PAPER.__getitem__, reverse=True)
+            if PAPER[better] > PAPER[worse]:
+                found.setdefault((better, worse), where)
+    return [(where, *pair) for pair, where in found.items()]
 
 
 def render_claims(results: _Results) -> str:
     """Each order of the paper, and whether it holds here. An interval that has zero in it decides nothing."""
     lines = []
-    for where, better, worse in CLAIMS:
+    for where, better, worse in claims():
         found = difference_of(results, better, worse)
         if found:
             lines.append([
@@ -163,22 +158,20 @@ def render_real(results: _Results, task: str) -> str:
     """The rows of Tables 4 and 6 on another task."""
     rows = [row for row in dict.fromkeys((*GROUPS['table4'], *GROUPS['table6'])) if _has(results, row, task)]
     if 'tim' not in rows:
-        return 'not measured yet: `python -m benchmarks.motion --tasks ' + task + '`'
-    levels = TASKS[task].levels
-    lines = [[ROWS[row].label, str(len(runs_of(results, row, task))), _show(estimate(results, row, right, task)),
-              '' if row == 'tim' else _show(difference_of(results, row, 'tim', right, task), True),
-              _show(estimate(results, row, group, task)), _show(estimate(results, row, direction, task))]
-             for row in rows]
-    return table(['', 'seeds', 'right, %', 'difference to TIM, points', 'which, of those with the same frames, %',
-                  'its order, %'], lines) + (
-        f'\n\nWithout the order of the frames, at most {levels.frames:.0%} can be right.')
+        return (f'not measured yet: `python -m benchmarks.motion --tasks {task} '
+                f'--out benchmarks/results/motion-cpu.json`')
+    groups = TASKS[task].groups
+    chance = max(groups.count(number) for number in groups)
+    head = ['', 'seeds', 'right, %', 'difference, points', 'to', 'which of those that differ without order, %',
+            f'its order, % (chance {100 // chance} where there are {chance})', 'parameters, thousands']
+    return table(head, [_line(results, row, 'tim', task) for row in rows]) + (
+        f'\n\nWithout the order of the frames, at most {TASKS[task].levels.frames:.0%} can be right.')
 
 
 def render_method(results: _Results) -> str:
     """How it was measured."""
     settings = results['settings']
-    _, _, side, recipe, stills, test, curve, *_ = settings
-    updates, batch, rate, decay, *_ = recipe
+    recipe, stills = settings['recipe'], settings['stills']
     runs = results['runs']
     machines = sorted({found['machine'] for found in runs})
     images = [found['image'] for found in runs if ROWS[found['row']].image == 'resnet']
@@ -186,10 +179,12 @@ def render_method(results: _Results) -> str:
     dates = sorted({found['date'] for found in runs})
     torch = ', '.join(sorted({found['torch'] for found in runs}))
     return (
-        f'Training: {updates * batch:,} clips, {batch} an update, none twice; AdamW, weight decay {decay}, one cycle '
-        f'to a learning rate of {rate:g}, for all rows. Before it, {stills[0] * stills[1]:,} single frames whose label '
-        f'is the shape of the things ({min(images):.0%} to {max(images):.0%} right). Frames of {side}x{side} pixels. '
-        f'Tests: {test:,} clips, for curves {curve}. {len(runs)} runs, {hours:.1f} hours of training on one core '
+        f'Training: {recipe["updates"] * recipe["batch"]:,} clips, {recipe["batch"]} an update, none twice; AdamW, '
+        f'weight decay {recipe["weight_decay"]}, one cycle to a learning rate of {recipe["lr"]:g}, for all rows. '
+        f'Before it, {stills["updates"] * stills["batch"]:,} single frames whose label is the shape of the things '
+        f'({min(images):.0%} to {max(images):.0%} right). Frames of {settings["side"]}x{settings["side"]} pixels. '
+        f'Tests: {settings["test"]:,} clips of each seed, for curves {settings["curve"]}. {len(runs)} runs, '
+        f'{hours:.1f} hours of training on one core '
         f'each; {", ".join(machines)}; {dates[0]} to {dates[-1]}; torch {torch}. '
         f'Command: `{results["command"]}`.')
 

@@ -14,7 +14,7 @@ from cmr_layers import TIM
 from cmr_layers.clip import ClipLayer
 
 from .resnet import before_conv1, tsn_resnet50
-from .tei import FrameDifference
+from .tei import FrameDifference, restart
 
 __all__ = ['PEM', 'tdrl_resnet50']
 
@@ -42,6 +42,11 @@ class PEM(ClipLayer):
         self.difference = FrameDifference(channels, reduction, **dd)
         self.gamma = nn.Conv2d(2 * (channels // reduction), 1, 1, **dd)
         self.expand = nn.Conv2d(channels // reduction, channels, 1, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the released code does, also in a network that has another start for its convolutions."""
+        restart(self)
         for conv in (self.gamma, self.expand):
             nn.init.xavier_uniform_(conv.weight)
             nn.init.zeros_(conv.bias)  # type: ignore[arg-type]

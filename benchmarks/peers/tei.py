@@ -24,6 +24,13 @@ def conv_norm_relu(in_channels: int, out_channels: int, **dd: Any) -> nn.Sequent
         nn.ReLU(inplace=True))
 
 
+def restart(module: nn.Module) -> None:
+    """Start convolutions and norms within a module as PyTorch does."""
+    for part in module.modules():
+        if isinstance(part, (nn.Conv2d, nn.BatchNorm2d)):
+            part.reset_parameters()
+
+
 class FrameDifference(nn.Module):
     """d_t = ReLU(BN(W1 p_t)) - ReLU(BN(W2 p_{t+1})) of the frames' pooled channels p, for all frames but the last.
 
@@ -62,6 +69,10 @@ class MEM(ClipLayer):
         dd = {'device': device, 'dtype': dtype}
         self.difference = FrameDifference(channels, reduction, **dd)
         self.expand = conv_norm_relu(channels // reduction, channels, **dd)
+
+    def reset_parameters(self) -> None:
+        """Start as PyTorch does, also in a network that has another start for its convolutions."""
+        restart(self)
 
     def forward_clips(self, x: Tensor) -> Tensor:
         d = self.difference(x)
