@@ -1,8 +1,8 @@
 """Ego-motion in rendered rooms: how does the camera move?
 
-ViZDoom renders 32 maps of textured rooms, headless. A clip is one movement of the camera, whose speed changes by
-less than 40%; the other class of its pair is that clip backwards, so the reversal is exact. Test clips are of other maps. The
-whole picture moves: this is where the paper's intuition, that the ground changes more slowly than what matters, has
+ViZDoom renders 32 maps of textured rooms, headless. A clip is one movement of the camera, whose speed changes by less
+than 40%; the other class of its pair is that clip backwards, so the reversal is exact. Test clips are of other maps.
+The whole picture moves: this is where the paper's intuition, that the ground changes more slowly than what matters, has
 nothing to offer. Nothing is said on cameras that shake, nor on things that move by themselves: there are none.
 """
 import importlib

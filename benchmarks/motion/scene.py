@@ -8,15 +8,17 @@ from functools import cache
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .paths import CLASSES, paths
-from .photographs import windows
+from benchmarks.motion.paths import CLASSES, paths
+from benchmarks.motion.photographs import windows
+from examples.action_recognition.motion_videos import around
 
-__all__ = ['ACTOR', 'SHAPES', 'Batch', 'Difficulty', 'Range', 'clips', 'stills']
+__all__ = ['ACTOR', 'SHAPES', 'Batch', 'Difficulty', 'Plan', 'Range', 'clips', 'plan', 'stills']
 
 SIDE = 40  # pixels of the frames that all lengths are given for; in larger frames things are larger
 DIAMETER = (12., 16.)  # of a thing
@@ -24,21 +26,15 @@ PIECE = 24  # pixels of a thing's texture and mask, before it is drawn
 WINDOWS = 480  # of photographs, for each split
 
 
-def _around(corners: int, inner: float = 1.) -> list[tuple[float, float]]:
-    """Corners on a circle; every second one at ``inner`` of its radius."""
-    angles = [2 * np.pi * i / corners for i in range(corners)]
-    return [((inner if i % 2 else 1) * np.sin(a), -(inner if i % 2 else 1) * np.cos(a)) for i, a in enumerate(angles)]
-
-
 #: Corners in a square from -1 to 1. The first is the actor's; the others are of distractors.
-SHAPES: dict[str, list[tuple[float, float]]] = {
+SHAPES: dict[str, npt.ArrayLike] = {
     'bar': [(-.38, -1), (.38, -1), (.38, 1), (-.38, 1)],
     'cross': [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3), (-1, .3),
               (-1, -.3), (-.3, -.3)],
-    'disc': _around(32),
-    'ring': _around(32),
-    'star': _around(10, .45),
-    'triangle': _around(3),
+    'disc': around(32),
+    'ring': around(32),
+    'star': around(10, .45),
+    'triangle': around(3),
 }
 ACTOR = 0
 
@@ -65,6 +61,21 @@ class Difficulty(NamedTuple):
 USUAL = Difficulty()
 
 
+class Plan(NamedTuple):
+    """What is drawn of B clips with K things, the actor first.
+
+    Attributes:
+        labels: (B,).
+        states: x and y in pixels, and the angle, (B, K, T, 3).
+        shapes: Numbers of :data:`SHAPES`, (B, K).
+        opacity: (B, K, T).
+    """
+    labels: Tensor
+    states: Tensor
+    shapes: Tensor
+    opacity: Tensor
+
+
 class Batch(NamedTuple):
     """uint8 clips (B, T, 3, S, S); labels (B,); what of each pixel the actor is, and things are, (B, T, S, S)."""
     clips: Tensor
@@ -80,9 +91,9 @@ def _masks() -> Tensor:
     for name, corners in SHAPES.items():
         big = Image.new('L', (4 * PIECE, 4 * PIECE))
         draw = ImageDraw.Draw(big)
-        draw.polygon([(2 * PIECE * (1 + .9 * x), 2 * PIECE * (1 + .9 * y)) for x, y in corners], 255)
+        draw.polygon((2 * PIECE * (1 + .9 * np.asarray(corners))).flatten().tolist(), 255)
         if name == 'ring':
-            draw.polygon([(2 * PIECE * (1 + .45 * x), 2 * PIECE * (1 + .45 * y)) for x, y in corners], 0)
+            draw.polygon((2 * PIECE * (1 + .45 * np.asarray(corners))).flatten().tolist(), 0)
         found.append(np.asarray(big.resize((PIECE, PIECE), Image.Resampling.BOX), np.float32) / 255)
     return torch.from_numpy(np.stack(found))
 
@@ -126,6 +137,21 @@ def clips(
         The clips and what is known of them.
     """
     random = _Random(seed, device)
+    return _draw(random, _plan(random, count, seed, num_frames, side, difficulty, distractors), split, side)
+
+
+def plan(
+        count: int, seed: tuple[int, ...], num_frames: int = 8, side: int = SIDE, difficulty: Difficulty = USUAL,
+        distractors: int = 2,
+) -> Plan:
+    """What :func:`clips` draws for the same arguments."""
+    return _plan(_Random(seed, 'cpu'), count, seed, num_frames, side, difficulty, distractors)
+
+
+def _plan(
+        random: _Random, count: int, seed: tuple[int, ...], num_frames: int, side: int, difficulty: Difficulty,
+        distractors: int,
+) -> Plan:
     B, T, K = count, num_frames, distractors + 1
     labels = random.integers(0, len(CLASSES), B)
     step, clutter, share = (random.uniform(*knob, B) for knob in difficulty)
@@ -137,8 +163,8 @@ def clips(
     opacity = torch.cat((torch.ones_like(clutter[:, None]), clutter[:, None].expand(-1, distractors)), 1)
     visible = opacity[:, :, None].repeat(1, 1, T)
     # of a stream of its own: all else is the same for any number of frames
-    visible[:, 0] = (_Random((*seed, 0), device).uniform(0, 1, B, T) < share[:, None]).float()
-    return _draw(random, labels, states, shapes, visible, split, side)
+    visible[:, 0] = (_Random((*seed, 0), random.device).uniform(0, 1, B, T) < share[:, None]).float()
+    return Plan(labels, states, shapes, visible)
 
 
 def stills(
@@ -150,13 +176,11 @@ def stills(
     labels = random.integers(0, len(SHAPES), count)
     states = random.states(side, count, things)[:, :, None]
     visible = torch.ones_like(states[..., 0])
-    return _draw(random, labels, states, labels[:, None].expand(-1, things), visible, split, side)
+    return _draw(random, Plan(labels, states, labels[:, None].expand(-1, things), visible), split, side)
 
 
-def _draw(
-        random: _Random, labels: Tensor, states: Tensor, shapes: Tensor, visible: Tensor, split: str, side: int,
-) -> Batch:
-    """The batch of states (B, K, T, 3), shapes (B, K) and opacities (B, K, T)."""
+def _draw(random: _Random, plan: Plan, split: str, side: int) -> Batch:
+    labels, states, shapes, opacity = plan
     B, K, T = states.shape[:3]
     device, scale = random.device, side / SIDE
     grounds = windows(split, WINDOWS, side, device=device)[random.integers(0, WINDOWS, B)]
@@ -183,7 +207,7 @@ def _draw(
     ranks = random.uniform(0, 1, B, K).argsort(1)  # what lies over what
     clip = torch.arange(B, device=device)
     for k in ranks.unbind(1):
-        alpha = (drawn[clip, k, 3] * visible[clip, k, :, None])[:, None]
+        alpha = (drawn[clip, k, 3] * opacity[clip, k, :, None])[:, None]
         marks = torch.ones_like(drawn[clip, k, :2])
         marks[:, 0] *= (k == ACTOR)[:, None, None]
         at = pixels[clip, k][:, None].expand(-1, 5, -1, -1)

@@ -134,6 +134,7 @@ def render_curve(results: _Results) -> str:
 
 
 _MAPS = {'difference': "difference of the frames' pixels", 'sme': "SME's map, 1 - s",
+         'sme_term': "what SME's convolution gets, the norm of x (1 - s)",
          'cme_top': "CME's ten most opened channels", 'cme_bottom': "CME's ten least opened channels"}
 
 
@@ -185,7 +186,7 @@ def render_method(results: _Results) -> str:
         f'({min(images):.0%} to {max(images):.0%} right). Frames of {settings["side"]}x{settings["side"]} pixels. '
         f'Tests: {settings["test"]:,} clips of each seed, for curves {settings["curve"]}. {len(runs)} runs, '
         f'{hours:.1f} hours of training on one core '
-        f'each; {", ".join(machines)}; {dates[0]} to {dates[-1]}; torch {torch}. '
+        f'each; {", ".join(machines)}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; torch {torch}. '
         f'Command: `{results["command"]}`.')
 
 

@@ -23,14 +23,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-__all__ = ['CLASSES', 'PHOTOGRAPHS', 'THINGS', 'main', 'make_videos', 'path_of', 'photograph', 'render', 'write_video']
+__all__ = [
+    'CLASSES', 'PHOTOGRAPHS', 'THINGS', 'around', 'main', 'make_videos', 'needs', 'path_of', 'photograph', 'render',
+    'write_video']
 
 Array = npt.NDArray[np.float64]
 
 SIDE, PIECE, FRAMES, RATE = 128, 64, 24, 12
 
 
-def _around(corners: int, inner: float = 1.) -> Array:
+def around(corners: int, inner: float = 1.) -> Array:
     """Corners on a circle; every second one at ``inner`` of its radius."""
     angles = np.arange(corners) * 2 * np.pi / corners
     radii = np.where(np.arange(corners) % 2, inner, 1)
@@ -51,11 +53,11 @@ THINGS: Dict[str, Array] = {
     'bar': np.array([(-.35, -1), (.35, -1), (.35, 1), (-.35, 1)]),
     'cross': np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1), (-.3, .3),
                        (-1, .3), (-1, -.3), (-.3, -.3)]),
-    'disc': _around(32),
-    'half': np.array([(-1, 0), *_around(32)[8:25], (1, 0)]),
-    'square': _around(4),
-    'star': _around(10, .4),
-    'triangle': _around(3),
+    'disc': around(32),
+    'half': np.array([(-1, 0), *around(32)[8:25], (1, 0)]),
+    'square': around(4),
+    'star': around(10, .4),
+    'triangle': around(3),
 }
 #: Photographs by split.
 PHOTOGRAPHS: Dict[str, Tuple[str, ...]] = {

@@ -9,6 +9,7 @@ import pytest
 from benchmark_results import ORIGIN, cells, entry, results
 
 from benchmarks import flops, report
+from benchmarks.motion import tables as motion
 from benchmarks.runtime import goals, tables
 
 ROOT = Path(__file__).parents[2]
@@ -55,12 +56,14 @@ def test_every_section_has_its_page():
     found = report.pages()
     assert set(found) == {
         'README.md',
-        *(f'docs/{page}.md' for page in ('backbones', 'benchmarks', 'performance', 'paper', 'testing', 'training'))}
+        *(f'docs/{page}.md' for page in (
+            'backbones', 'benchmarks', 'motion', 'performance', 'paper', 'testing', 'training'))}
     assert set(found['docs/benchmarks.md']) == {
         'counts', 'goals', *(f'{device}-{name}' for device in DEVICES for name in ('plot', *tables.SECTIONS))}
     assert set(found['docs/performance.md']) == {
         'kernels', 'kernels-prediction', 'gpu-checks', 'gpu-kernels', 'gpu-bf16'}
     assert set(found['docs/paper.md']) == {'flops'} and set(found['docs/testing.md']) == {'timm-suite'}
+    assert set(found['docs/motion.md']) == {'motion-search', *motion.SECTIONS}
     assert set(found['README.md']) == {'coverage', 'frozen'} and set(found['docs/training.md']) == {'frozen-training'}
 
 

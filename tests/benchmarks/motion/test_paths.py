@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from benchmarks.motion.paths import CLASSES, LEVELS, MOTIONS, paths
-from benchmarks.motion.scene import SIDE, Difficulty, Range, clips
+from benchmarks.motion.scene import SIDE, Difficulty, Range, clips, plan
 
 ALL = torch.arange(len(CLASSES))
 STEP = torch.full((len(CLASSES),), 2.5)
@@ -12,13 +12,11 @@ COUNT, NEIGHBOURS = 1500, 15
 
 
 def states(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The actor's true states, with a start as clips have it, (count, T, 4): x, y, and the angle's cosine and sine."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(len(CLASSES), (count,), generator=generator)
-    steps = torch.rand(count, generator=generator) + 2
-    found = paths(labels, steps, 8)
-    found += torch.rand(count, 1, 3, generator=generator) * torch.tensor([SIDE, SIDE, 2 * torch.pi])
-    return torch.cat((found[..., :2] / SIDE, torch.stack((found[..., 2].cos(), found[..., 2].sin()), 2) / 6), 2), labels
+    """The actor's true states in clips, (count, T, 4): x and y, and the angle's cosine and sine."""
+    made = plan(count, (seed,), difficulty=Difficulty(step=Range(2, 3)))
+    found = made.states[:, 0]
+    return torch.cat((
+        found[..., :2] / SIDE, torch.stack((found[..., 2].cos(), found[..., 2].sin()), 2) / 6), 2), made.labels
 
 
 def relative(found: torch.Tensor) -> torch.Tensor:
@@ -46,12 +44,43 @@ def test_classes_of_a_pair_are_the_same_states_in_the_opposite_order():
     assert len({tuple(path.flatten().tolist()) for path in found}) == len(CLASSES)
 
 
-def test_the_last_pairs_are_the_same_places_and_each_has_the_same_neighbours_both_ways():
+def test_the_last_motions_show_the_same_places_and_once_has_the_same_neighbours_both_ways():
     found = paths(ALL, STEP, 8)[8:, :, :2]
     places = [sorted(map(tuple, path.tolist())) for path in found]
     assert places[0] == places[1] == places[2] == places[3]
-    steps = [sorted(zip(map(tuple, path[:-1].tolist()), map(tuple, path[1:].tolist()))) for path in found]
-    assert steps[0] == steps[1]
+    once = [sorted(zip(map(tuple, path[:-1].tolist()), map(tuple, path[1:].tolist()))) for path in found[:2]]
+    assert once[0] == once[1]
+
+
+@pytest.mark.parametrize('num_frames', [8, 16])
+def test_place_and_angle_are_uniform_in_every_frame_of_every_class(num_frames):
+    """The characteristic numbers of a uniform distribution on a circle are zero; their standard error is known."""
+    made = plan(6000, (3,), num_frames)
+    angles = made.states[:, 0] * 2 * torch.pi / torch.tensor([SIDE, SIDE, 2 * torch.pi])
+    for label in range(len(CLASSES)):
+        mine = angles[made.labels == label]
+        for harmonic in (1, 2):
+            mean = torch.exp(1j * harmonic * mine).mean(0).abs()
+            assert (mean < 4 / len(mine) ** .5).all()
+
+
+def test_visibility_and_shapes_do_not_depend_on_the_class():
+    made = plan(6000, (4,))
+    assert (made.shapes[:, 0] == 0).all() and (made.shapes[:, 1:] > 0).all()
+    seen, labels = made.opacity[:, 0].mean(1), made.labels
+    for label in range(len(CLASSES)):
+        mine = labels == label
+        assert abs(seen[mine].mean() - seen.mean()) < 4 * seen.std() / mine.sum() ** .5
+
+
+def test_distractors_know_nothing_of_the_label():
+    """What they do is told by their displacement over the clip; it is as likely with each class."""
+    made = plan(6000, (5,))
+    way = (made.states[:, 1, -1] - made.states[:, 1, 0])[:, :2]
+    right = (way[:, 0] > 5).float()
+    for label in range(len(CLASSES)):
+        mine = made.labels == label
+        assert abs(right[mine].mean() - right.mean()) < 4 * right.std() / mine.sum() ** .5
 
 
 @pytest.mark.parametrize('frame', [0, 3, 7])
@@ -81,18 +110,26 @@ def test_clips_follow_from_their_arguments():
     assert not torch.equal(one.clips, other.clips)
 
 
-def test_place_and_visibility_do_not_depend_on_the_class():
-    made = clips(1200, (7,), difficulty=Difficulty(clutter=Range(0, 0)))
-    seen = (made.actor > .5).float()
-    area = seen.sum((2, 3))
-    centre = seen.sum(2) * torch.exp(2j * torch.pi * torch.arange(SIDE) / SIDE)
-    for label in range(len(CLASSES)):
-        mine = made.labels == label
-        assert abs(area[mine].mean() - area.mean()) < .12 * area.mean()
-        # places on a torus: were they not uniform, their mean on the circle would be away from 0
-        for frame in (0, 7):
-            there = centre[mine, frame].sum(1)
-            assert (there / there.abs().clamp(min=1)).mean().abs() < .3
+def test_what_is_drawn_is_what_was_planned():
+    """The middle of the actor's mask is its place, if nothing lies over it."""
+    alone = Difficulty(clutter=Range(0, 0), share=Range(1, 1))
+    made, planned = clips(20, (6,), difficulty=alone), plan(20, (6,), difficulty=alone)
+    assert torch.equal(made.labels, planned.labels)
+    wave = torch.exp(2j * torch.pi * (torch.arange(SIDE) + .5) / SIDE)
+    for axis, line in ((0, made.actor.sum(2)), (1, made.actor.sum(3))):
+        place = (line * wave).sum(2).angle() * SIDE / (2 * torch.pi)
+        error = (place - planned.states[:, 0, :, axis] + SIDE / 2) % SIDE - SIDE / 2
+        assert error.abs().max() < .3
+
+
+def test_16_frames_show_the_same_clip():
+    eight, sixteen = plan(5, (8,)), plan(5, (8,), 16)
+    assert torch.equal(eight.labels, sixteen.labels) and torch.equal(eight.shapes, sixteen.shapes)
+    every = Difficulty(share=Range(1, 1))
+    few, many = clips(5, (8,), difficulty=every), clips(5, (8,), num_frames=16, difficulty=every)
+    ground = (few.things[:, 0] == 0) & (many.things[:, 0] == 0)
+    assert ground.float().mean() > .3
+    assert torch.equal(few.clips[:, 0].movedim(1, -1)[ground], many.clips[:, 0].movedim(1, -1)[ground])
 
 
 @pytest.mark.parametrize('side', [40, 56])

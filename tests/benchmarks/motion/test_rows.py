@@ -5,7 +5,10 @@ import torch.nn.functional as F
 
 from benchmarks.motion import variants
 from benchmarks.motion.rows import GROUPS, IMAGE_NETWORKS, ROWS, build, image_network, load_image_weights
+from benchmarks.motion.run import shape_of
 from benchmarks.motion.size import SIZES
+from benchmarks.peers.tdrl import PEM
+from benchmarks.peers.tei import MEM
 from cmr_layers import CME, SME, CMRBlock, released
 
 SHAPE = SIZES['smoke'].shape
@@ -14,8 +17,19 @@ SIDE = 24
 
 @pytest.fixture(scope='module')
 def weights():
-    torch.manual_seed(0)
-    return {kind: image_network(kind, 6, SHAPE).state_dict() for kind in IMAGE_NETWORKS}
+    """As if trained: no tensor has its default, statistics neither."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for kind in IMAGE_NETWORKS:
+        state = image_network(kind, 6, shape(kind)).state_dict()
+        found[kind] = {
+            key: value + torch.rand(value.shape, generator=generator) / 2 if value.is_floating_point() else value + 7
+            for key, value in state.items()}
+    return found
+
+
+def shape(kind):
+    return shape_of(kind, SIZES['smoke'])
 
 
 def clip(frames, clips=2):
@@ -25,7 +39,7 @@ def clip(frames, clips=2):
 @pytest.mark.parametrize('name', ROWS)
 def test_a_row_maps_clips_to_logits_and_all_that_may_learn_does(name, weights):
     row = ROWS[name]
-    model = build(name, 5, SHAPE, weights[row.image], seed=0).train()
+    model = build(name, 5, shape(row.image), weights[row.image], seed=0).train()
     logits = model(clip(row.num_frames))
     assert logits.shape == (2, 5) and logits.abs().max() == 0  # the classifier starts at zero
     torch.nn.init.normal_((model.fc if hasattr(model, 'fc') else model.model.fc).weight)
@@ -39,11 +53,41 @@ def test_a_row_maps_clips_to_logits_and_all_that_may_learn_does(name, weights):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_a_row_holds_all_of_its_image_network(name, weights):
-    image = weights[ROWS[name].image]
-    own = build(name, 5, SHAPE, image, seed=0).state_dict().values()
-    for key, value in image.items():
-        if value.ndim == 4:
-            assert any(value.shape == tensor.shape and torch.equal(value, tensor) for tensor in own), key
+    kind = ROWS[name].image
+    own = build(name, 5, shape(kind), weights[kind], seed=0).state_dict()
+    for key, value in weights[kind].items():
+        if not key.startswith('fc.'):
+            place, _, tensor = key.rpartition('.')
+            # peers put their layers around a convolution
+            where = [f'{prefix}{place}{inner}.{tensor}' for prefix in ('', 'model.') for inner in ('', '.0', '.1')]
+            assert [torch.equal(own[found], value) for found in where if found in own] == [True], key
+
+
+@pytest.mark.parametrize('name, order_matters', [
+    ('plain', False), ('only_cme', False), ('broken_sme', False), ('only_sme', True), ('cme_sme', True),
+    ('tim', True), ('all', True), ('tsm', True)])
+def test_what_can_see_the_order_of_frames(name, order_matters, weights):
+    """Without TIM and SME a network is a function of the set of its frames: it can't exceed the level of theory."""
+    model = build(name, 5, SHAPE, weights['resnet'], seed=0).double().eval()
+    for key, p in model.named_parameters():
+        if 'fc.' in key or '.sme.bn.' in key:
+            torch.nn.init.normal_(p, generator=torch.Generator().manual_seed(1))
+    x = clip(8).double()
+    for order in ([7, 6, 5, 4, 3, 2, 1, 0], [3, 0, 7, 2, 5, 1, 6, 4]):
+        y = model(x)
+        change = (model(x.unflatten(0, (-1, 8))[:, order].flatten(0, 1)) - y).abs().max() / y.abs().max()
+        assert change > 1e-8 if order_matters else change < 1e-13
+
+
+@pytest.mark.parametrize('name, layer', [('mem', MEM), ('pem', PEM)])
+def test_peers_layers_start_in_a_row_as_they_do_alone(name, layer, weights):
+    model = build(name, 5, SHAPE, weights['resnet'], seed=0)
+    for found in model.modules():
+        if isinstance(found, layer):
+            alone = layer(found.channels)
+            for (key, p), q in zip(found.named_parameters(), alone.parameters()):
+                if p.ndim > 1 and p.numel() > 20:
+                    assert .6 < p.std() / q.std() < 1.6, key
 
 
 def test_plain_is_the_mean_of_the_image_network(weights):

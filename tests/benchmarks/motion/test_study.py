@@ -69,8 +69,8 @@ def test_a_file_of_another_study_is_an_error(tmp_path):
 def test_maps_are_measured_where_there_are_layers(tmp_path):
     found = {name: run(tmp_path, name, 0, SMOKE)['maps'] for name in ('plain', 'only_sme', 'all')}
     assert found['plain'] == {}
-    assert set(found['only_sme']) == {'sme', 'difference'}
-    assert set(found['all']) == {'sme', 'cme_top', 'cme_bottom', 'difference'}
+    assert set(found['only_sme']) == {'sme', 'sme_term', 'difference'}
+    assert set(found['all']) == {'sme', 'sme_term', 'cme_top', 'cme_bottom', 'difference'}
     # pixels of the actor differ from the next frame's more than others do; nothing was learned for that
     assert found['all']['difference'][0] > .7
 

@@ -81,9 +81,9 @@ def test_rooms_are_recorded_once_and_played_both_ways(data):
 
 
 def test_labels_are_what_the_camera_does():
-    """Turning right moves the picture to the left, looking up moves it down."""
-    clips, movements = ego.record('val', 40, 40)
-    for movement, axis, sign in ((2, 3, -1), (3, 2, 1)):
+    """Moving or turning right moves the picture to the left, looking up moves it down."""
+    clips, movements = ego.record('val', 48, 40)
+    for movement, axis, sign in ((1, 3, -1), (2, 3, -1), (3, 2, 1)):
         shifts = []
         for clip in torch.from_numpy(clips[movements == movement]).float().mean(2):
             now, later = clip[6], clip[7]
@@ -102,28 +102,66 @@ def one_video(data, monkeypatch):
     monkeypatch.setattr(playback, 'FILES', dict.fromkeys(('train', 'val'), playback.FILES['train'][:1]))
 
 
-def test_playback_is_made_of_frames_of_the_file(one_video):
-    made, labels = playback.clips(60, (1,), 'train', 8, 40)
+@pytest.fixture
+def choose(monkeypatch):
+    """Draw as always, but the n-th array of integers is all of one value."""
+    usual = np.random.default_rng
+
+    def fix(number, value):
+        class Fixed(np.random.Generator):
+            drawn = 0
+
+            def integers(self, low, high=None, size=None, **options):
+                found = super().integers(low, high, size, **options)
+                if size is not None:
+                    Fixed.drawn += 1
+                    if Fixed.drawn == number:
+                        return np.full(size, value)
+                return found
+        monkeypatch.setattr(np.random, 'default_rng', lambda seed: Fixed(usual(seed).bit_generator))
+    return fix
+
+
+@pytest.mark.parametrize('module, number, forwards, backwards', [
+    (mocap, 1, 6, 7), (ego, 2, 0, 1), (playback, 1, 0, 1)])
+def test_the_classes_of_a_group_are_the_same_frames_in_the_opposite_order(
+        one_video, choose, module, number, forwards, backwards):
+    found = []
+    for value in (forwards, backwards):
+        choose(number, value)
+        found.append(module.clips(5, (3,), 'train', 8, 40))
+    (one, label), (other, opposite) = found
+    assert torch.equal(one, other.flip(1)) and not torch.equal(one, other)
+    assert (opposite - label).unique().tolist() == [1]
+    name = module.__name__.rpartition('.')[2]
+    groups = TASKS[name].groups
+    assert all(groups[a] == groups[b] for a, b in zip(label.tolist(), opposite.tolist()))
+
+
+def test_playback_is_made_of_frames_of_the_file(one_video, choose):
+    made = {}
+    for label in range(5):
+        choose(1, label)
+        made[label], labels = playback.clips(12, (1,), 'train', 8, 40)
+        assert (labels == label).all()
     (video,) = playback._videos('train', 40)
     assert video.shape[0] > 200 and min(video.shape[2:]) == 80
-    for label, clip in zip(labels.tolist(), made):
-        same = (clip[1:] == clip[:-1]).flatten(1).all(1)
-        assert bool(same.all()) == (label == 3)
-    assert set(labels.tolist()) == {0, 1, 2, 3, 4}
+    still = {label: (clips[:, 1:] == clips[:, :-1]).flatten(1).all(1) for label, clips in made.items()}
+    assert still[3].all() and not any(still[label].any() for label in (0, 1, 2, 4))
+    for clip, double in zip(made[0], made[4]):  # every second frame, and as many from behind its end
+        assert torch.equal(double[:4], clip[::2]) and torch.equal(double[0], clip[0])
+    choose(1, 2)
+    shuffled, _ = playback.clips(1, (1,), 'train', 8, 40)  # its first window is that of all others
+    assert sorted(frame.float().sum().item() for frame in shuffled[0]) == sorted(
+        frame.float().sum().item() for frame in made[0][0])
 
 
-def test_forwards_backwards_and_shuffled_are_the_same_frames(one_video, monkeypatch):
-    """With the same random numbers for the window."""
-    labels = iter((0, 1))
-
-    class Fixed(np.random.Generator):
-        def integers(self, low, high=None, size=None, **options):
-            value = super().integers(low, high, size, **options)
-            return np.full(size, next(labels)) if size is not None else value
-
-    monkeypatch.setattr(np.random, 'default_rng', lambda seed: Fixed(np.random.PCG64(seed)))
-    forwards, backwards = (playback.clips(5, (3,), 'train', 8, 40)[0] for _ in range(2))
-    assert torch.equal(forwards, backwards.flip(1)) and not torch.equal(forwards, backwards)
+@pytest.mark.skipif(not HAVE_VIDEOS, reason='needs the videos of gradio and idtrackerai')
+def test_no_scene_is_in_both_splits():
+    small = {split: np.concatenate([playback.decode(*file, 16)[::5, :, :, :16] for file in files])
+             for split, files in playback.FILES.items()}
+    train, val = (torch.from_numpy(small[split]).float().flatten(1) for split in ('train', 'val'))
+    assert torch.cdist(val, train).min() / train.shape[1] ** .5 > 8  # of 255
 
 
 def test_a_video_that_is_not_there_is_named():

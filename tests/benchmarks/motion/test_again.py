@@ -1,0 +1,49 @@
+"""The same numbers again, and a number that is not."""
+import json
+
+import pytest
+
+from benchmarks.motion import again
+from benchmarks.motion.__main__ import main
+
+
+@pytest.fixture(scope='module')
+def study(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('again')
+    out = folder / 'motion.json'
+    assert main(['--out', str(out), '--folder', str(folder / 'networks'), '--size', 'smoke', '--seeds', '1',
+                 '--jobs', '1', '--rows', 'tim', 'sme']) == 0
+    return out, folder / 'networks'
+
+
+def test_a_row_run_again_is_the_same(study, capsys):
+    out, _ = study
+    assert again.main(['--out', str(out), '--rows', 'tim', 'sme']) == 0
+    assert capsys.readouterr().out.splitlines() == ['movers sme 0 is the same', 'movers tim 0 is the same']
+
+
+def test_another_number_is_noticed(study, tmp_path, capsys):
+    results = json.loads(study[0].read_text())
+    results['runs'][1]['losses'][0] += 1e-4
+    changed = tmp_path / 'changed.json'
+    changed.write_text(json.dumps(results))
+    assert again.main(['--out', str(changed), '--rows', 'tim']) == 1
+    assert capsys.readouterr().out == "movers tim 0 differs in ['losses']\n"
+
+
+def test_maps_are_written_anew(study, tmp_path):
+    out, folder = study
+    results = json.loads(out.read_text())
+    maps = {run['row']: run.pop('maps') for run in results['runs']}
+    for run in results['runs']:
+        run['maps'] = {}
+    changed = tmp_path / 'changed.json'
+    changed.write_text(json.dumps(results))
+    assert again.main(['--out', str(changed), '--maps', '--folder', str(folder)]) == 0
+    assert {run['row']: run['maps'] for run in json.loads(changed.read_text())['runs']} == maps
+
+
+def test_a_file_that_is_none_is_an_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        again.main(['--out', str(tmp_path / 'none.json')])
+    assert 'argument --out: must be a result file' in capsys.readouterr().err

@@ -1,0 +1,53 @@
+"""The committed results keep to what theory says, and notice faults."""
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.motion.paths import LEVELS
+from benchmarks.motion.results import difference_of, direction, estimate, right, runs_of
+from benchmarks.motion.rows import GROUPS
+from benchmarks.motion.size import SIZES
+from benchmarks.motion.study import as_dict
+
+RESULTS = json.loads((Path(__file__).parents[3] / 'benchmarks/results/motion-cpu.json').read_text())
+HAS = {found['row'] for found in RESULTS['runs']}
+
+
+def test_they_are_of_the_size_that_is_there():
+    assert RESULTS['settings'] == json.loads(json.dumps(as_dict(SIZES['cpu'])))
+
+
+@pytest.mark.parametrize('row', sorted({*GROUPS['table4'], *GROUPS['table6'], *GROUPS['alone']}))
+def test_tables_4_and_6_have_five_seeds_and_their_curves(row):
+    runs = runs_of(RESULTS, row)
+    assert sorted(runs)[:5] == [0, 1, 2, 3, 4]
+    assert all(len(run['curve']) >= 5 and run['sweeps'] for run in runs.values())
+
+
+@pytest.mark.parametrize('row', ['plain', 'only_cme'])
+def test_without_an_order_no_network_exceeds_the_level_of_theory(row):
+    found = estimate(RESULTS, row)
+    assert found.mean < LEVELS.frames
+    order = estimate(RESULTS, row, direction)  # a coin's toss
+    assert order.low - .02 < .5 < order.high + .02
+
+
+def test_temporal_layers_do():
+    assert estimate(RESULTS, 'tim').low > LEVELS.frame
+    assert estimate(RESULTS, 'tim', direction).low > .7
+    assert difference_of(RESULTS, 'tim', 'plain').verdict == 'holds'
+
+
+@pytest.mark.skipif('broken_cme' not in HAS, reason='these rows have not run yet')
+@pytest.mark.parametrize('broken, base', [('broken_cme', 'tim'), ('broken_sme', 'plain')])
+def test_a_broken_layer_is_its_baseline(broken, base):
+    runs, wanted = runs_of(RESULTS, broken), runs_of(RESULTS, base)
+    assert all(runs[seed]['confusion'] == wanted[seed]['confusion'] for seed in runs)
+
+
+@pytest.mark.skipif('shuffled_sme' not in HAS, reason='these rows have not run yet')
+def test_an_sme_of_shuffled_frames_sees_no_order():
+    order = estimate(RESULTS, 'shuffled_sme', direction)
+    assert order.low - .02 < .5 < order.high + .02
+    assert max(right(found) for found in runs_of(RESULTS, 'shuffled_sme').values()) < LEVELS.frames
