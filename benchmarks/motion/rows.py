@@ -33,12 +33,14 @@ class Row(NamedTuple):
         num_frames: Frames T of its clips.
         image: Kind of its image network.
         frozen: Whether the image network keeps its weights.
+        longer: How many times as many training clips it sees.
     """
     label: str
     make: Callable[..., nn.Module]
     num_frames: int = 8
     image: str = 'resnet'
     frozen: bool = False
+    longer: int = 1
 
 
 def _cmr(cme: str = 'none', sme: str = 'none', tim: str = 'all', block: type[CMRBlock] = CMRBlock,
@@ -101,12 +103,18 @@ ROWS: dict[str, Row] = {
     'early': Row('SME before the ReLU', _cmr(**_ALL, block=variants.EarlyBlock)),
     'depthwise': Row('SME with a depthwise convolution', _cmr(
         **_ALL, block=_block(sme_layer=variants.DepthwiseSME))),
+    'mapless': Row('TIM + SME without its map', _cmr(sme='first', block=_block(sme_layer=variants.MaplessSME))),
     'even': Row("gates start at 1/2, TIM's shift at 2", _cmr(**_ALL, block=_block(
         cme_layer=partial(CME, gate_init=.5), tim_layer=partial(TIM, gain=2.)))),
     'identity': Row('the network starts as its image network', _identity_start),
     'frozen_tim': Row('TIM, image network frozen', _cmr(), frozen=True),
     'frozen_all': Row('TIM + CME&SME, image network frozen', _cmr(**_ALL), frozen=True),
     'frozen_identity': Row('the same, image network frozen', _identity_start, frozen=True),
+    # more clips
+    'tim_long': Row('TIM, 3 times the clips', _cmr(), longer=3),
+    'cme_long': Row('TIM + CME, 3 times the clips', _cmr(cme='all'), longer=3),
+    'sme_long': Row('TIM + SME, 3 times the clips', _cmr(sme='first'), longer=3),
+    'all_long': Row('TIM + CME&SME, 3 times the clips', _cmr(**_ALL), longer=3),
     # faults, which the study has to notice
     'broken_cme': Row('CME hands on its input', _cmr(cme='all', block=_block(cme_layer=variants.BrokenCME))),
     'broken_sme': Row('SME hands on its input', _cmr(
@@ -124,9 +132,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'table5': ('deep', 'all_all', 'first_all', 'first_first'),
     'table3': ('all', 'r1', 'r4', 'r16'),
     'peers': ('tim', 'tsm', 'mem', 'stm', 'tdrl', 'tea', 'gsm', 'released', 'all'),
+    'longer': ('tim_long', 'cme_long', 'sme_long', 'all_long'),
     'frames': ('tim', 'tim_16', 'all', 'all_16'),
     'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
-                  'identity'),
+                  'identity', 'sme', 'mapless'),
     'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
     'faults': ('tim', 'cme', 'broken_cme', 'shuffled_cme', 'plain', 'only_sme', 'broken_sme', 'shuffled_sme'),
 }
@@ -134,7 +143,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 BASES: dict[str, str] = {
     'all_16': 'tim_16', 'pool_first': 'released', 'shuffled_cme': 'cme', 'only_sme': 'plain', 'broken_sme': 'plain',
     'shuffled_sme': 'only_sme', 'frozen_tim': 'tim', 'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all',
-    'identity': 'all'}
+    'identity': 'all', 'sme': 'tim', 'mapless': 'sme'}
 
 
 def image_network(kind: str, num_classes: int, shape: Shape) -> nn.Module:

@@ -77,12 +77,13 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
 
     def look(update: int) -> None:
         found = confusion(model, clips[:size.curve], labels[:size.curve], classes)
-        curve.append([update * size.recipe.batch, *counts(found, task.groups)])
+        curve.append([update * recipe.batch, *counts(found, task.groups)])
 
+    recipe = size.recipe._replace(updates=size.recipe.updates * row.longer)
     torch.manual_seed(seed)  # for what is drawn within networks
     begin = time.perf_counter()
     losses = fit(
-        model, task.train(seed, size.recipe.batch, frames, size.side, size.device), size.recipe, look, size.every)
+        model, task.train(seed, recipe.batch, frames, size.side, size.device), recipe, look, size.every)
     found: dict[str, Any] = {
         'task': task.name, 'row': name, 'seed': seed, 'seconds': round(time.perf_counter() - begin, 1),
         'parameters': sum(p.numel() for p in model.parameters()),

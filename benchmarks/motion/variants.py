@@ -12,8 +12,8 @@ from cmr_layers import CME, SME, CMRBlock
 from cmr_layers.released import CME as ReleasedCME
 
 __all__ = [
-    'AloneCME', 'BrokenCME', 'BrokenSME', 'DepthwiseSME', 'EarlyBlock', 'PoolFirstCME', 'ShuffledCME', 'ShuffledSME',
-    'SimilarCME', 'SoftmaxOverT']
+    'AloneCME', 'BrokenCME', 'BrokenSME', 'DepthwiseSME', 'EarlyBlock', 'MaplessSME', 'PoolFirstCME', 'ShuffledCME',
+    'ShuffledSME', 'SimilarCME', 'SoftmaxOverT']
 
 
 class _CME(CME):
@@ -69,6 +69,14 @@ class DepthwiseSME(SME):
         super().__init__(channels, num_frames, device=device, dtype=dtype)
         self.conv = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device=device, dtype=dtype)
         self.reset_parameters()
+
+
+class MaplessSME(SME):
+    """Without (7): the convolution sees all places alike, and no other frame."""
+
+    def forward_clips(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn(self.conv(x.flatten(0, 1))).view_as(x) + x
+        return y
 
 
 class EarlyBlock(CMRBlock):

@@ -19,6 +19,7 @@ SIDE = 24
 def weights():
     """As if trained: no tensor has its default, statistics neither."""
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     found = {}
     for kind in IMAGE_NETWORKS:
         state = image_network(kind, 6, shape(kind)).state_dict()
@@ -95,9 +96,9 @@ def test_plain_is_the_mean_of_the_image_network(weights):
     model = build('plain', 5, SHAPE, weights['resnet'], seed=0).eval()
     image.load_state_dict({**weights['resnet'], **{
         key: value for key, value in model.state_dict().items() if key.startswith('fc.')}})
-    for network in (image, model):
+    for network in (image.double(), model.double()):
         torch.nn.init.normal_(network.fc.weight, generator=torch.Generator().manual_seed(2))
-    x = clip(8)
+    x = clip(8).double()
     torch.testing.assert_close(model(x), image(x).unflatten(0, (-1, 8)).mean(1))
 
 
@@ -169,6 +170,16 @@ def test_depthwise_scales_each_channel_by_itself():
     scale = layer.conv.weight.flatten() * layer.bn.weight * (1 + layer.bn.eps) ** -.5
     torch.testing.assert_close(layer(X), X + moving * scale[:, None, None])
     assert layer.conv.weight.shape == (16, 1, 1, 1)
+
+
+def test_mapless_sees_no_other_frame_and_all_places_alike():
+    layer, paper = pair(variants.MaplessSME, SME)
+    for each in (layer, paper):
+        torch.nn.init.normal_(each.bn.weight, generator=torch.Generator().manual_seed(1))
+    frame = layer.conv.weight[:, :, 0, 0] @ X[0, 1, :, 2, 3]
+    scale = layer.bn.weight * (1 + layer.bn.eps) ** -.5
+    torch.testing.assert_close(layer(X)[0, 1, :, 2, 3], X[0, 1, :, 2, 3] + frame * scale)
+    assert (layer(X) - paper(X)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize('training', [True, False])
