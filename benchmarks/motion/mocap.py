@@ -16,7 +16,7 @@ import torch
 from benchmarks.motion.paths import Levels
 from benchmarks.motion.photographs import windows
 from benchmarks.motion.scene import WINDOWS
-from benchmarks.motion.task import Clips, make_task, pairs
+from benchmarks.motion.task import DATA, Clips, make_task, pairs
 
 __all__ = ['ACTIONS', 'MOCAP', 'joints', 'take']
 
@@ -84,12 +84,15 @@ def take(action: str) -> tuple[Array, Array]:
     """Times in seconds, (F,), and joints, (F, joints, 3), of a take.
 
     Raises:
-        ImportError: The package is missing.
+        FileNotFoundError: The package is missing.
     """
     spec = importlib.util.find_spec('pybullet_data')
-    if spec is None or spec.origin is None:
-        raise ImportError('the task mocap needs pybullet: pip install "cmr-layers[motion]"')
-    file = Path(spec.origin).parent / f'data/motions/humanoid3d_{action}.txt'
+    folder = Path(spec.origin).parent if spec and spec.origin else DATA / 'pybullet_data'
+    file = folder / f'data/motions/humanoid3d_{action}.txt'
+    if not file.exists():
+        raise FileNotFoundError(
+            f'the task mocap needs {file.name} of pybullet: pip install --no-deps --only-binary=:all: '
+            f'--python-version 3.11 --target {DATA} pybullet')
     frames = np.array(json.loads(file.read_text())['Frames'])
     times = np.concatenate([[0], frames[:-1, 0].cumsum()])
     return times, joints(frames[:, 1:])
