@@ -17,9 +17,10 @@ class Estimate(NamedTuple):
     seeds: int
 
     def show(self, sign: bool = False) -> str:
-        """In percent, or in points with a sign."""
+        """In percent, within 0 and 100, or in points with a sign."""
         plus = '+' if sign else ''
-        mean, low, high = (f'{100 * value:{plus}.1f}' for value in self[:3])
+        ends = (self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))
+        mean, low, high = (f'{100 * value:{plus}.1f}' for value in (self.mean, *ends))
         return f'{mean} ({low} to {high})' if self.seeds > 1 else mean
 
     @property

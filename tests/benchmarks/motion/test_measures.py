@@ -44,6 +44,11 @@ def test_differences_are_paired_by_seeds():
     assert difference({0: .5}, {0: .4}).show(True) == '+10.0'  # of one seed there is no interval
 
 
+def test_a_share_is_shown_within_0_and_100():
+    assert mean([.9, 1.]).show() == '95.0 (31.5 to 100.0)'
+    assert mean([.1, 0.]).show(True) == '+5.0 (-58.5 to +68.5)'
+
+
 def test_a_mean_of_nothing_is_an_error():
     with pytest.raises(ValueError, match='values must be one to 10 numbers, got 0'):
         mean([])
