@@ -77,7 +77,7 @@ def test_wheel_declares_what_it_needs(wheel):
     assert sorted(need.split('>')[0] for need in core) == ['einops', 'timm', 'torch']
     assert metadata['License-Expression'] == 'Apache-2.0'
     assert metadata['Version'] == cmr_layers.__version__
-    extras = {'video', 'train', 'quickstart', 'example', 'export', 'bench', 'docs', 'test'}
+    extras = {'video', 'train', 'quickstart', 'example', 'motion', 'export', 'bench', 'docs', 'test'}
     assert extras == set(metadata.get_all('Provides-Extra'))
 
 
