@@ -132,10 +132,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'table5': ('deep', 'all_all', 'first_all', 'first_first'),
     'table3': ('all', 'r1', 'r4', 'r16'),
     'peers': ('tim', 'tsm', 'mem', 'stm', 'tdrl', 'tea', 'gsm', 'released', 'all'),
+    'mapless': ('tim', 'sme', 'mapless'),
     'longer': ('tim_long', 'cme_long', 'sme_long', 'all_long'),
     'frames': ('tim', 'tim_16', 'all', 'all_16'),
     'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
-                  'identity', 'sme', 'mapless'),
+                  'identity'),
     'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
     'faults': ('tim', 'cme', 'broken_cme', 'shuffled_cme', 'plain', 'only_sme', 'broken_sme', 'shuffled_sme'),
 }
