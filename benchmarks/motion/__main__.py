@@ -5,7 +5,7 @@
     python -m benchmarks.motion --out benchmarks/results/motion-gpu.json --size gpu --minutes 8.5
 
 The same command goes on where it was interrupted. A run (a row and a seed) takes one thread; --jobs runs are side by
-side. Needs the extra [example].
+side. Needs the extra [motion].
 """
 import argparse
 import os

@@ -6,6 +6,7 @@ The whole picture moves: this is where the paper's intuition, that the ground ch
 nothing to offer. Nothing is said on cameras that shake, nor on things that move by themselves: there are none.
 """
 import importlib
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.motion.paths import Levels
 from benchmarks.motion.scene import SIDE
-from benchmarks.motion.task import DATA, Clips, make_task, pairs
+from benchmarks.motion.task import Clips, kept, make_task, pairs
 
 __all__ = ['EGO', 'MAPS', 'record']
 
@@ -39,6 +40,8 @@ def _game(number: int) -> Any:
         raise ImportError('the task ego needs vizdoom: pip install "cmr-layers[motion]"') from error
     game = vizdoom.DoomGame()
     game.set_doom_game_path(str(Path(str(vizdoom.__file__)).with_name('freedoom2.wad')))
+    # where it writes its settings; by itself, into the folder that it is run from
+    game.set_doom_config_path(str(Path(tempfile.gettempdir()) / 'cmr-layers-vizdoom.ini'))
     game.set_doom_map(f'MAP{number:02}')
     game.set_screen_resolution(vizdoom.ScreenResolution.RES_160X120)
     game.set_screen_format(vizdoom.ScreenFormat.RGB24)
@@ -113,15 +116,8 @@ def _moves(states: npt.NDArray[np.float64], button: int, action: float) -> bool:
 
 @cache
 def _recorded(split: str, side: int) -> tuple[Tensor, Tensor]:
-    file = DATA / f'ego-{split}-{side}.npz'
-    if not file.exists():
-        DATA.mkdir(exist_ok=True)
-        made, which = record(split, CLIPS[split], side)
-        part = file.with_suffix('.part.npz')
-        np.savez(part, clips=made, movements=which)
-        part.replace(file)
-    with np.load(file) as found:
-        return torch.from_numpy(found['clips']), torch.from_numpy(found['movements'])
+    found = kept(f'ego-{split}-{side}', lambda: dict(zip(('clips', 'movements'), record(split, CLIPS[split], side))))
+    return torch.from_numpy(found['clips']), torch.from_numpy(found['movements'])
 
 
 def clips(

@@ -18,7 +18,7 @@ from PIL import Image
 
 from benchmarks.motion.paths import Levels
 from benchmarks.motion.scene import SIDE
-from benchmarks.motion.task import DATA, Clips, make_task
+from benchmarks.motion.task import Clips, kept, make_task
 from examples.action_recognition.motion_videos import needs
 
 __all__ = ['FILES', 'PLAYBACK', 'decode']
@@ -59,14 +59,9 @@ def decode(package: str, file: str, short: int) -> npt.NDArray[np.uint8]:
 @cache
 def _videos(split: str, side: int) -> tuple[npt.NDArray[np.uint8], ...]:
     named = hashlib.sha256(repr(FILES[split]).encode()).hexdigest()[:8]
-    file = DATA / f'playback-{split}-{side}-{named}.npz'
-    if not file.exists():
-        DATA.mkdir(exist_ok=True)
-        part = file.with_suffix('.part.npz')
-        np.savez(part, *(decode(*video, SHORT * side // SIDE) for video in FILES[split]))
-        part.replace(file)
-    with np.load(file) as found:
-        return tuple(found[name] for name in found.files)
+    found = kept(f'playback-{split}-{side}-{named}', lambda: {
+        f'arr_{i}': decode(*video, SHORT * side // SIDE) for i, video in enumerate(FILES[split])})
+    return tuple(found.values())
 
 
 def clips(

@@ -2,8 +2,6 @@
 
 Needs the extra [bench].
 """
-import hashlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +11,9 @@ from benchmarks.motion.movers import SWEEPS
 from benchmarks.motion.results import after, estimate, right, runs_of, swept
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.statistics import Estimate
+from benchmarks.runtime.plot import digest
 
-__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs', 'digest', 'stale']
+__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs', 'stale']
 
 _Results = dict[str, Any]
 _Curve = list[tuple[float, Estimate]]
@@ -51,11 +50,6 @@ def costs(results: _Results, latency: _Results) -> list[tuple[str, float, float,
 def _sure(found: Estimate | None) -> Estimate:
     assert found is not None
     return found
-
-
-def digest(shown: Any) -> str:
-    """Of what is drawn; the picture carries it."""
-    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
 def stale(shown: Any, path: Path) -> bool:
@@ -99,7 +93,7 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
             axes.annotate(ROWS[row].label, (ratio, 100 * accuracy.mean), xytext=(4, 3), textcoords='offset points',
                           color=color, fontsize=7)
         axes.set_xscale('log')
-        ticks = [tick for tick in (.8, 1, 1.2, 1.5, 2, 3, 4)]
+        ticks = [.8, 1, 1.2, 1.5, 2, 3, 4]
         axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel('latency as a ResNet-50, TIM = 1')

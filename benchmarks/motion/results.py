@@ -51,11 +51,11 @@ def of_group(number: int) -> Measure:
     return measure
 
 
-def swept(knob: str, value: float, order: bool = False) -> Measure:
-    """Share of right classes with a knob at a value; ``order``: of the clips whose motion is right."""
+def swept(knob: str, value: float) -> Measure:
+    """Share of right classes with a knob at a value."""
     def measure(found: dict[str, Any]) -> float:
-        _, clips, motion, both = next(point for point in found['sweeps'][knob] if point[0] == value)
-        share: float = both / max(motion, 1) if order else both / clips
+        _, clips, _, both = next(point for point in found['sweeps'][knob] if point[0] == value)
+        share: float = both / clips
         return share
     return measure
 

@@ -96,7 +96,7 @@ def render_motions(results: _Results) -> str:
     rows = [row for row in dict.fromkeys((*MAIN, 'only_cme', 'only_sme', 'mem', 'pem')) if _has(results, row)]
     lines = [[ROWS[row].label, *(f'{100 * found.mean:.1f}' if found else '' for found in (
         estimate(results, row, of_group(i)) for i in range(len(MOTIONS))))] for row in rows]
-    return table(['right, %', *(f'{name}' for name in MOTIONS)], lines)
+    return table(['right, %', *MOTIONS], lines)
 
 
 def render_gains(results: _Results) -> str:

@@ -2,13 +2,14 @@
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from benchmarks.motion.paths import Levels
 
-__all__ = ['DATA', 'Clips', 'Task', 'counts', 'make_task', 'pairs']
+__all__ = ['DATA', 'Clips', 'Task', 'counts', 'kept', 'make_task', 'pairs']
 
 Clips = tuple[Tensor, Tensor]  # uint8, (B, T, 3, S, S), and their labels, (B,)
 DATA = Path('motion-data')  # what is recorded or decoded once
@@ -53,6 +54,19 @@ def make_task(
         return make(count, (1, seed), 'val', num_frames, side, device)
 
     return Task(name, classes, groups, levels, train, test)
+
+
+def kept(name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Arrays that are made once and read from :data:`DATA` from then on."""
+    file = DATA / f'{name}.npz'
+    if not file.exists():
+        made = make()
+        DATA.mkdir(exist_ok=True)
+        part = file.with_suffix('.part.npz')
+        np.savez(part, **made)
+        part.replace(file)
+    with np.load(file) as found:
+        return dict(found)
 
 
 def pairs(classes: int) -> tuple[int, ...]:

@@ -45,7 +45,7 @@ def points(results: dict[str, Any]) -> list[Point]:
     return found
 
 
-def digest(found: list[Point]) -> str:
+def digest(found: Any) -> str:
     """Of what is drawn; the picture carries it."""
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
