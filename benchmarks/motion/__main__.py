@@ -2,6 +2,7 @@
 
     python -m benchmarks.motion --out benchmarks/results/motion-cpu.json                    # all rows, 5 seeds
     python -m benchmarks.motion --out benchmarks/results/motion-cpu.json --groups table4    # the rows of a table
+    python -m benchmarks.motion --out benchmarks/results/motion-cpu.json --seeds 5 6        # other seeds
     python -m benchmarks.motion --out benchmarks/results/motion-gpu.json --size gpu --minutes 8.5
 
 The same command goes on where it was interrupted. A run (a row and a seed) takes one thread; --jobs runs are side by
@@ -31,12 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f'rows of these tables, of {", ".join(GROUPS)}; default: all')
     parser.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='ROW',
                         help=f'only these, of {", ".join(ROWS)}')
-    parser.add_argument('--seeds', type=positive, default=5, help='how many; default: %(default)s')
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), metavar='SEED',
+                        help='all runs of a seed are of one kind of machine; default: 0 to 4')
     parser.add_argument('--jobs', type=positive, help='runs side by side; default: the CPU cores, one on a GPU')
     parser.add_argument('--minutes', type=float, default=float('inf'), help='begin no run that would end later')
     args = parser.parse_args(argv)
+    if min(args.seeds) < 0:
+        parser.error(f'argument --seeds: must be 0 or more, got {min(args.seeds)}')
     rows = args.rows or list(dict.fromkeys(row for group in args.groups for row in GROUPS[group]))
-    keys: list[Key] = [(task, row, seed) for seed in range(args.seeds) for task in args.tasks for row in rows]
+    keys: list[Key] = [(task, row, seed) for seed in args.seeds for task in args.tasks for row in rows]
     jobs = args.jobs or (os.cpu_count() or 1 if SIZES[args.size].device == 'cpu' else 1)
     try:
         left = study(

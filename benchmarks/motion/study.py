@@ -81,6 +81,15 @@ def save(path: Path, results: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
+def _check_machine(results: dict[str, Any], left: list[Key]) -> None:
+    """Rows of a seed are compared, so they have to start from one image network. Another machine makes another."""
+    here, seeds = _where()['machine'], {seed for *_, seed in left}
+    for found in results['runs']:
+        if found['seed'] in seeds and found['machine'] != here:
+            raise ValueError(f'--seeds must be such as have no runs of another machine, got {found["seed"]}, which has '
+                             f'runs of {found["machine"]!r}; this is {here!r}')
+
+
 def study(
         out: Path, folder: Path, keys: Iterable[Key], size: str, jobs: int = 1, minutes: float = float('inf'),
 ) -> list[Key]:
@@ -98,7 +107,7 @@ def study(
         The runs that are left.
 
     Raises:
-        ValueError: ``out`` is of a study of another size.
+        ValueError: ``out`` is of a study of another size, or has runs of one of the seeds from another machine.
     """
     settings = json.loads(json.dumps(as_dict(SIZES[size])))
     now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
@@ -108,6 +117,9 @@ def study(
                          f'{results.get("size")!r} with {results.get("settings")}')
     done = {key_of(found) for found in results['runs']}
     left = [key for key in keys if key not in done]
+    _check_machine(results, left)
+    if left and now['command'] not in results.setdefault('commands', [results['command']]):
+        results['commands'].append(now['command'])
     folder.mkdir(parents=True, exist_ok=True)
     begin, longest = time.monotonic(), max((found['seconds'] for found in results['runs']), default=0.)
     running: dict[Future[dict[str, Any]], tuple[Key, float]] = {}

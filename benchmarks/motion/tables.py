@@ -179,6 +179,7 @@ def render_method(results: _Results) -> str:
     hours = sum(found['seconds'] for found in runs) / 3600
     dates = sorted({found['date'] for found in runs})
     torch = ', '.join(sorted({found['torch'] for found in runs}))
+    commands = results.get('commands', [results['command']])
     return (
         f'Training: {recipe["updates"] * recipe["batch"]:,} clips, {recipe["batch"]} an update, none twice; AdamW, '
         f'weight decay {recipe["weight_decay"]}, one cycle to a learning rate of {recipe["lr"]:g}, for all rows. '
@@ -187,7 +188,7 @@ def render_method(results: _Results) -> str:
         f'Tests: {settings["test"]:,} clips of each seed, for curves {settings["curve"]}. {len(runs)} runs, '
         f'{hours:.1f} hours of training on one core '
         f'each; {", ".join(machines)}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; torch {torch}. '
-        f'Command: `{results["command"]}`.')
+        + ('Command: ' if len(commands) == 1 else 'Commands: ') + ', '.join(f'`{each}`' for each in commands) + '.')
 
 
 def render_search(results: _Results) -> str:

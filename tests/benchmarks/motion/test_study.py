@@ -47,14 +47,14 @@ def test_a_broken_layer_makes_a_row_its_baseline_to_the_last_digit(tmp_path, lay
 def test_the_command_goes_on_and_repeats_nothing(tmp_path, capsys):
     out, folder = tmp_path / 'motion.json', tmp_path / 'networks'
     arguments = ['--out', str(out), '--folder', str(folder), '--size', 'smoke', '--jobs', '1', '--rows', 'plain', 'tim']
-    assert main([*arguments, '--seeds', '1']) == 0
+    assert main([*arguments, '--seeds', '0']) == 0
     first = json.loads(out.read_text())
     assert [(f['row'], f['seed']) for f in first['runs']] == [('plain', 0), ('tim', 0)]
     assert sum(map(sum, first['runs'][0]['confusion'])) == SMOKE.test
     assert set(first['runs'][0]['sweeps']) == {'step', 'clutter', 'share'}
-    assert main([*arguments, '--seeds', '2', '--minutes', '0']) == 0
+    assert main([*arguments, '--seeds', '0', '1', '--minutes', '0']) == 0
     assert '2 runs are left; the same command goes on' in capsys.readouterr().out
-    assert main([*arguments, '--seeds', '2']) == 0
+    assert main([*arguments, '--seeds', '0', '1']) == 0
     second = json.loads(out.read_text())
     assert second['runs'][0] == first['runs'][0] and len(second['runs']) == 4
 
@@ -64,6 +64,26 @@ def test_a_file_of_another_study_is_an_error(tmp_path):
     save(out, {'size': 'other', 'settings': [1], 'runs': []})
     with pytest.raises(ValueError, match=r"must be a new file or one of size 'smoke' .* got 'other'"):
         study(out, tmp_path, [], 'smoke')
+
+
+def test_a_seed_is_of_one_machine(tmp_path, capsys):
+    """Another one makes another image network of it, so its rows would differ by that, too."""
+    out = tmp_path / 'motion.json'
+    arguments = ['--out', str(out), '--folder', str(tmp_path), '--size', 'smoke', '--jobs', '1', '--seeds']
+    assert main([*arguments, '0', '--rows', 'plain']) == 0
+    found = json.loads(out.read_text())
+    found['runs'][0]['machine'] = 'another'
+    save(out, found)
+    assert main([*arguments, '0', '--rows', 'plain']) == 0  # nothing to do
+    assert main([*arguments, '1', '0', '--rows', 'plain', 'tim']) == 1
+    assert "--seeds must be such as have no runs of another machine, got 0, which has runs of 'another'" in (
+        capsys.readouterr().err)
+    assert main([*arguments, '1', '--rows', 'plain']) == 0
+    second = json.loads(out.read_text())
+    assert len(second['runs']) == 2 and len(second['commands']) == len({found['command'], *second['commands']})
+    with pytest.raises(SystemExit):
+        main([*arguments, '-1'])
+    assert 'argument --seeds: must be 0 or more, got -1' in capsys.readouterr().err
 
 
 def test_maps_are_measured_where_there_are_layers(tmp_path):
