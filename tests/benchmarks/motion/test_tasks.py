@@ -11,10 +11,8 @@ from benchmarks.motion.run import run
 from benchmarks.motion.size import SIZES
 from benchmarks.motion.tasks import TASKS
 
-# of two packages that no extra installs, since they bring much else, see docs/motion.md
-needs_videos = pytest.mark.skipif(
-    not all(importlib.util.find_spec(package) for package in ('gradio', 'idtrackerai')),
-    reason='needs the videos of gradio and idtrackerai')
+# no extra installs it, since it brings much else, see docs/motion.md
+needs_videos = pytest.mark.skipif(not importlib.util.find_spec('idtrackerai'), reason='needs the videos of idtrackerai')
 needs_takes = pytest.mark.skipif(
     not importlib.util.find_spec('pybullet_data'), reason='pybullet has no wheels for this version of Python')
 
@@ -161,10 +159,10 @@ def test_playback_is_made_of_frames_of_the_file(one_video, choose):
         made[label], labels = playback.clips(12, (1,), 'train', 8, 40)
         assert (labels == label).all()
     (video,) = playback._videos('train', 40)
-    assert video.shape[0] > 200 and min(video.shape[2:]) == 80
+    assert video.shape[0] > 200 and min(video.shape[2:]) == playback.SHORT
     still = {label: (clips[:, 1:] == clips[:, :-1]).flatten(1).all(1) for label, clips in made.items()}
     assert still[3].all() and not any(still[label].any() for label in (0, 1, 2, 4))
-    for clip, double in zip(made[0], made[4]):  # every second frame, and as many from behind its end
+    for clip, double in zip(made[0], made[4]):  # every second frame, and as many after its end
         assert torch.equal(double[:4], clip[::2]) and torch.equal(double[0], clip[0])
     # the first window is the same for all, before anything is shuffled
     assert sorted(frame.float().sum().item() for frame in made[2][0]) == sorted(
@@ -172,9 +170,18 @@ def test_playback_is_made_of_frames_of_the_file(one_video, choose):
     assert not torch.equal(made[2][0], made[0][0])
 
 
+def test_playback_is_of_windows_in_which_something_moves(one_video):
+    """A change of light alone, which some of the files have, is no motion."""
+    made, labels = playback.clips(40, (2,), 'train', 8, 40)
+    changes = made[labels == 0].float().diff(dim=1)
+    assert (changes.std((-2, -1), correction=0).mean((1, 2)) >= playback.CHANGE).all()
+    with pytest.raises(ValueError, match='num_frames must divide 8 or twice that, got 5'):
+        playback.clips(1, (2,), 'train', 5, 40)
+
+
 @needs_videos
 def test_no_scene_is_in_both_splits():
-    small = {split: np.concatenate([playback.decode(*file, 16)[::10, :, :, :16] for file in files])
+    small = {split: np.concatenate([playback.decode(file.package, file.file, 16)[::10, :, :, :16] for file in files])
              for split, files in playback.FILES.items()}
     train, val = (torch.from_numpy(small[split]).float().flatten(1) for split in ('train', 'val'))
     assert torch.cdist(val, train).min() / train.shape[1] ** .5 > 8  # of 255
