@@ -1,5 +1,5 @@
 """What a result file says, by row and seed."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from benchmarks.motion.statistics import Estimate, difference, mean
@@ -7,8 +7,8 @@ from benchmarks.motion.task import counts
 from benchmarks.motion.tasks import TASKS
 
 __all__ = [
-    'Measure', 'Runs', 'after', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'right', 'runs_of',
-    'swept']
+    'Measure', 'Runs', 'after', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'paired', 'right',
+    'runs_of', 'swept']
 
 Runs = dict[int, dict[str, Any]]  # by seed
 Measure = Callable[[dict[str, Any]], float]
@@ -17,6 +17,12 @@ Measure = Callable[[dict[str, Any]], float]
 def runs_of(results: dict[str, Any], row: str, task: str = 'movers') -> Runs:
     """The runs of a row."""
     return {found['seed']: found for found in results['runs'] if (found['row'], found['task']) == (row, task)}
+
+
+def paired(results: dict[str, Any], rows: Iterable[str], task: str = 'movers') -> dict[str, Any]:
+    """The results of the seeds that all of some rows have, so that their means are of the same seeds."""
+    seeds = set.intersection(*(set(runs_of(results, row, task)) for row in rows))
+    return {**results, 'runs': [found for found in results['runs'] if found['seed'] in seeds]}
 
 
 def _counts(found: dict[str, Any]) -> list[int]:

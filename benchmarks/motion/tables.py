@@ -15,6 +15,7 @@ from benchmarks.motion.results import (
     estimate,
     group,
     of_group,
+    paired,
     right,
     runs_of,
     swept,
@@ -47,13 +48,24 @@ def render_group(results: _Results, name: str, task: str = 'movers') -> str:
     rows = [row for row in GROUPS[name] if _has(results, row, task)]
     if GROUPS[name][0] not in rows:
         return 'not measured yet'
-    lines = [_line(results, row, BASES[row] if BASES.get(row) in rows else rows[0], task) for row in rows]
+    lines = _lines(results, {row: BASES[row] if BASES.get(row) in rows else rows[0] for row in rows}, task)
+    if not lines:
+        return _NO_SEED
     head = ['', 'seeds', 'right, %', 'difference, points', 'to', 'which motion, %', 'its order, % (chance 50)',
             'parameters, thousands']
     if not any(row in PAPER for row in rows):
         return table(head, lines)
     paper = [f'{PAPER[row]}' if row in PAPER else '' for row in rows]
     return table([*head, 'paper, top-1, %'], [[*line, share] for line, share in zip(lines, paper)])
+
+
+_NO_SEED = 'no seed has all of these rows yet'
+
+
+def _lines(results: _Results, bases: dict[str, str], task: str) -> list[list[str]]:
+    """Of rows, each with what it is compared with, over the seeds that all of them have; none if there are none."""
+    results = paired(results, bases, task)
+    return [_line(results, row, base, task) for row, base in bases.items() if results['runs']]
 
 
 def _line(results: _Results, row: str, base: str, task: str) -> list[str]:
@@ -93,7 +105,7 @@ def render_claims(results: _Results) -> str:
 
 def render_motions(results: _Results) -> str:
     """Where a row is right: by motion."""
-    rows = [row for row in dict.fromkeys((*MAIN, 'only_cme', 'only_sme', 'mem', 'pem')) if _has(results, row)]
+    rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
     lines = [[ROWS[row].label, *(f'{100 * found.mean:.1f}' if found else '' for found in (
         estimate(results, row, of_group(i)) for i in range(len(MOTIONS))))] for row in rows]
     return table(['right, %', *MOTIONS], lines)
@@ -161,11 +173,14 @@ def render_real(results: _Results, task: str) -> str:
     if 'tim' not in rows:
         return (f'not measured yet: `python -m benchmarks.motion --tasks {task} '
                 f'--out benchmarks/results/motion-cpu.json`')
+    lines = _lines(results, dict.fromkeys(rows, 'tim'), task)
+    if not lines:
+        return _NO_SEED
     groups = TASKS[task].groups
     chance = max(groups.count(number) for number in groups)
     head = ['', 'seeds', 'right, %', 'difference, points', 'to', 'which of those that differ without order, %',
             f'its order, % (chance {100 // chance} where there are {chance})', 'parameters, thousands']
-    return table(head, [_line(results, row, 'tim', task) for row in rows]) + (
+    return table(head, lines) + (
         f'\n\nWithout the order of the frames, at most {TASKS[task].levels.frames:.0%} can be right.')
 
 

@@ -37,6 +37,19 @@ def test_a_table_has_shares_and_differences_within_seeds(found):
     assert line[-1] == '50.6' and shown['TIM'][3] == ''
 
 
+def test_a_table_is_of_the_seeds_that_all_of_its_rows_have(found):
+    """Else its shares would be of easier seeds in some rows, and of harder ones in others."""
+    without = [run for run in found['runs'] if (run['row'], run['seed']) != ('mem', 1)]
+    shown = cells(tables.render_group({**found, 'runs': without}, 'table6'))
+    alone = cells(tables.render_group({**found, 'runs': [run for run in found['runs'] if run['seed'] == 0]}, 'table6'))
+    assert shown == alone and shown['TIM'][1] == '1'
+    assert cells(tables.render_group({**found, 'runs': without}, 'table4'))['TIM'][1] == '2'  # it has no MEM
+    apart = [run for run in found['runs'] if run['seed'] == (run['row'] == 'tim')]
+    assert tables.render_group({**found, 'runs': apart}, 'table6') == 'no seed has all of these rows yet'
+    other = [{**run, 'task': 'ego'} for run in apart]
+    assert tables.render_real({**found, 'runs': other}, 'ego') == 'no seed has all of these rows yet'
+
+
 def test_measures_are_what_they_are_called(found):
     run = found['runs'][0]
     clips = sum(map(sum, run['confusion']))
