@@ -1,11 +1,12 @@
 """Runs, the file of their results, and whether the study would notice a fault."""
 import json
+from collections import Counter
 
 import pytest
 import torch
 
 from benchmarks.motion.__main__ import main
-from benchmarks.motion.rows import image_network
+from benchmarks.motion.rows import GROUPS, ROWS, image_network
 from benchmarks.motion.run import run
 from benchmarks.motion.scene import clips, stills
 from benchmarks.motion.size import SIZES
@@ -64,6 +65,20 @@ def test_a_file_of_another_study_is_an_error(tmp_path):
     save(out, {'size': 'other', 'settings': [1], 'runs': []})
     with pytest.raises(ValueError, match=r"must be a new file or one of size 'smoke' .* got 'other'"):
         study(out, tmp_path, [], 'smoke')
+
+
+def test_tables_4_and_6_have_more_seeds_than_the_rest(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr('benchmarks.motion.__main__.study', lambda out, folder, keys, *rest: asked.extend(keys))
+    assert main(['--out', str(tmp_path / 'motion.json'), '--tasks', 'movers', 'ego']) == 0
+    assert len(asked) == len(set(asked))
+    seeds = Counter((task, row) for task, row, _ in asked)
+    main_rows = {*GROUPS['table4'], *GROUPS['table6']}
+    assert seeds == {**{('movers', row): 5 if row in main_rows else 1 for row in ROWS},
+                     **{('ego', row): 1 for row in main_rows}}
+    asked.clear()
+    assert main(['--out', str(tmp_path / 'motion.json'), '--rows', 'r4', 'tim', '--seeds', '7', '8']) == 0
+    assert asked == [('movers', 'r4', 7), ('movers', 'tim', 7), ('movers', 'r4', 8), ('movers', 'tim', 8)]
 
 
 def test_a_seed_is_of_one_machine(tmp_path, capsys):
