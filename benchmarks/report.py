@@ -115,6 +115,8 @@ SECTIONS: dict[str, Section] = {
     **_runtime('cpu'), **_runtime('cuda'), **_coverage(),
     **{name: Section('docs/motion.md', 'motion-cpu.json', show, '-m benchmarks.motion')
        for name, show in motion.SECTIONS.items()},
+    'motion-gates': Section(
+        'docs/motion.md', 'motion-gates-cpu.json', motion.render_gates, '-m benchmarks.motion.gates'),
     'motion-search': Section(
         'docs/motion.md', 'motion-search-cpu.json', motion.render_search, '-m benchmarks.motion.search'),
 }

@@ -21,10 +21,10 @@ from benchmarks.motion.results import (
     swept,
 )
 from benchmarks.motion.rows import BASES, GROUPS, ROWS
-from benchmarks.motion.statistics import Estimate
+from benchmarks.motion.statistics import Estimate, mean
 from benchmarks.motion.tasks import TASKS
 
-__all__ = ['SECTIONS', 'claims', 'render_claims', 'render_group', 'render_method', 'render_search']
+__all__ = ['SECTIONS', 'claims', 'render_claims', 'render_gates', 'render_group', 'render_method', 'render_search']
 
 _Results = dict[str, Any]
 MAIN = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all')
@@ -217,6 +217,21 @@ def render_search(results: _Results) -> str:
     return table(head, [
         [f'{batch}', f'{rate:g}', *(f'{100 * shares[seed]:.1f}' for seed in seeds),
          f'{100 * sum(shares.values()) / len(shares):.1f}'] for (batch, rate), shares in sorted(trials.items())])
+
+
+def render_gates(results: _Results) -> str:
+    """How much of what a CME sees, and of its gates, changes within a clip."""
+    found: dict[tuple[str, str], list[_Results]] = {}
+    for network in results['networks']:
+        found.setdefault((network['task'], network['row']), []).append(network)
+    lines = []
+    for (task, row), networks in found.items():
+        for i in range(len(networks[0]['layers'])):
+            layers = [network['layers'][i] for network in networks]
+            lines.append([task, ROWS[row].label, f'{i + 1}', f'{len(layers)}', *(
+                _show(mean([layer[name] for layer in layers])) for name in ('place', 'pooled', 'gates'))])
+    return table(['task', '', 'CME', 'seeds', 'features at a place, %', 'their means over the frame, %', 'gates, %'],
+                 lines)
 
 
 SECTIONS: dict[str, Callable[[_Results], str]] = {

@@ -1,0 +1,45 @@
+"""How much of what a CME sees, and of its gates, changes within a clip."""
+import json
+
+import pytest
+import torch
+
+from benchmarks.motion.gates import main, measure, within
+from benchmarks.motion.rows import build, image_network
+from benchmarks.motion.run import run
+from benchmarks.motion.size import SIZES
+from benchmarks.motion.tables import render_gates
+
+SMOKE = SIZES['smoke']
+
+
+def test_the_share_within_clips_is_that_of_the_variance():
+    clips, frames = torch.tensor([[0.], [3.]]), torch.tensor([[-1., 1., -1., 1.]])
+    assert within((clips + frames)[..., None]) == pytest.approx(1 / (1 + 2.25))  # variances 1 and 2.25
+    assert within(clips.expand(2, 4)[..., None]) == 0 and within(frames.expand(2, 4)[..., None]) == 1
+
+
+def test_gates_of_frames_that_are_all_alike_do_not_change():
+    weights = image_network('resnet', 4, SMOKE.shape).state_dict()
+    model = build('all', 12, SMOKE.shape, weights, 0).eval()
+    torch.manual_seed(0)
+    clips = torch.randint(0, 256, (5, 8, 3, 40, 40), dtype=torch.uint8)
+    found = measure(model, clips)
+    assert len(found) == 4 and all(0 < layer[name] < 1 for layer in found for name in layer)
+    (first, *_) = measure(build('cme', 12, SMOKE.shape, weights, 0).eval(), clips[:, :1].expand_as(clips))
+    assert first['place'] == first['pooled'] == first['gates'] == 0
+
+
+def test_the_command_reads_what_a_study_has_left(tmp_path, capsys):
+    out, folder = tmp_path / 'gates.json', ['--folder', str(tmp_path), '--size', 'smoke', '--rows', 'cme']
+    with pytest.raises(SystemExit):
+        main(['--out', str(out), *folder])
+    assert 'argument --folder: must have the networks of a study, got' in capsys.readouterr().err
+    for seed in (0, 1):
+        run(tmp_path, 'cme', seed, SMOKE)
+    assert main(['--out', str(out), *folder, '--seeds', '0', '1']) == 0
+    found = json.loads(out.read_text())
+    assert [(network['row'], network['seed']) for network in found['networks']] == [('cme', 0), ('cme', 1)]
+    lines = render_gates(found).splitlines()[2:]
+    assert [line.split(' | ')[:4] for line in lines] == [
+        ['| movers', 'TIM + CME', f'{i + 1}', '2'] for i in range(4)]
