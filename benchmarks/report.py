@@ -21,6 +21,7 @@ from benchmarks.kernels.tables import render_kernels, render_prediction
 from benchmarks.markdown import table
 from benchmarks.motion import plot as motion_plot
 from benchmarks.motion import tables as motion
+from benchmarks.plots import stale
 from benchmarks.runtime import goals, plot, tables
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +155,10 @@ def pages(root: Path = ROOT) -> dict[str, dict[str, str]]:
     if prediction:  # beside the one it is compared with
         found['docs/performance.md']['kernels-prediction'] = render_prediction(
             prediction, *(_load(root, f'kernels-prediction-{name}.json') for name in ('before', 'fused')))
+    costs = _load(root, 'motion-latency-cpu.json')
+    found['docs/motion.md']['motion-latency'] = (
+        '![Right answers against latency, all rows](motion-latency.svg)' if costs else
+        'not measured yet: `python -m benchmarks.motion.latency --out benchmarks/results/motion-latency-cpu.json`')
     runs = _runs(root)
     found[_TABLES_PAGE]['goals'] = goals.render(list(runs.values()))
     for device in DEVICES:
@@ -169,22 +174,17 @@ def stale_pages(root: Path = ROOT) -> dict[Path, str]:
 
 
 def stale_plots(root: Path = ROOT) -> dict[Path, Callable[[Path], None]]:
-    """Plots that show something else than the results, and what draws them anew."""
-    found: dict[Path, Callable[[Path], None]] = {}
-    for device, results in _runs(root).items():
-        path = root / 'docs' / plot_file(device)
-        if plot.stale(results, path):
-            found[path] = partial(plot.draw, results)
+    """The pictures that show something else than the results, and how to draw them."""
+    shown: dict[str, tuple[Any, Callable[[Path], None]]] = {
+        plot_file(device): (plot.points(results), partial(plot.draw, results))
+        for device, results in _runs(root).items()}
     learned, latency = (_load(root, f'motion-{name}.json') for name in ('cpu', 'latency-cpu'))
     if learned:
-        path = root / 'docs/motion-curves.svg'
-        if motion_plot.stale(motion_plot.curves(learned), path):
-            found[path] = partial(motion_plot.draw_curves, learned)
+        shown['motion-curves.svg'] = motion_plot.curves(learned), partial(motion_plot.draw_curves, learned)
     if learned and latency:
-        path = root / 'docs/motion-latency.svg'
-        if motion_plot.stale(motion_plot.costs(learned, latency), path):
-            found[path] = partial(motion_plot.draw_costs, learned, latency)
-    return found
+        shown['motion-latency.svg'] = (
+            motion_plot.costs(learned, latency), partial(motion_plot.draw_costs, learned, latency))
+    return {root / 'docs' / name: draw for name, (what, draw) in shown.items() if stale(what, root / 'docs' / name)}
 
 
 def replace(text: str, rendered: dict[str, str]) -> str:
@@ -202,8 +202,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing; exit 1 if a page is stale')
     args = parser.parse_args()
-    stale = stale_pages()
-    for page, text in stale.items():
+    texts = stale_pages()
+    for page, text in texts.items():
         if args.check:
             print(f'{page.name} is stale: run python -m benchmarks.report', file=sys.stderr)
         else:
@@ -214,7 +214,7 @@ def main() -> int:
             print(f'{path.name} is stale: run python -m benchmarks.report', file=sys.stderr)
         else:
             draw(path)
-    return int(args.check and bool(stale or plots))
+    return int(args.check and bool(texts or plots))
 
 
 if __name__ == '__main__':

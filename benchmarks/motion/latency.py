@@ -22,6 +22,8 @@ __all__ = ['main', 'measure']
 
 SHAPE = dict(layers=(3, 4, 6, 3))
 BASE = 'tim'
+NETWORKS = [name for name, row in ROWS.items()
+            if row.longer == 1 and not row.frozen and not name.startswith(('broken_', 'shuffled_'))]
 
 
 def measure(rows: Sequence[str], rounds: int, size: int, shape: dict[str, Any], device: str) -> dict[str, Any]:
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=result_file, required=True, help='JSON file')
     parser.add_argument('--rounds', type=positive, default=15, help='samples of each row; default: %(default)s')
     parser.add_argument('--size', type=positive, default=224, help='pixels; default: %(default)s')
-    parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=list(ROWS), metavar='ROW')
+    parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=NETWORKS, metavar='ROW',
+                        help='default: all but those that are another row, trained otherwise')
     args = parser.parse_args(argv)
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     rows = measure(args.rows, args.rounds, args.size, SHAPE, device)

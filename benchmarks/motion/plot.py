@@ -2,8 +2,6 @@
 
 Needs the extra [bench].
 """
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ from benchmarks.motion.movers import SWEEPS
 from benchmarks.motion.results import after, estimate, right, runs_of, swept
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.statistics import Estimate
-from benchmarks.runtime.plot import digest
+from benchmarks.plots import write
 
-__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs', 'stale']
+__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs']
 
 _Results = dict[str, Any]
 _Curve = list[tuple[float, Estimate]]
@@ -52,11 +50,6 @@ def _sure(found: Estimate | None) -> Estimate:
     return found
 
 
-def stale(shown: Any, path: Path) -> bool:
-    """Whether a picture shows something else."""
-    return not path.exists() or f'data {digest(shown)}' not in path.read_text()
-
-
 def draw_curves(results: _Results, path: Path) -> None:
     """Write the curves as SVG."""
     shown = curves(results)
@@ -75,7 +68,7 @@ def draw_curves(results: _Results, path: Path) -> None:
             if name == 'clips':
                 axes.set_ylabel('right, % (bands: 95% intervals)')
                 axes.legend(frameon=False, fontsize=7, loc='upper left')
-    _draw(shown, path, (12, 3.4), fill)
+    write(shown, path, (12, 3.4), fill)
 
 
 def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
@@ -99,17 +92,4 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
         axes.set_xlabel('latency as a ResNet-50, TIM = 1')
         axes.set_ylabel('right, %')
         axes.spines[['top', 'right']].set_visible(False)
-    _draw(shown, path, (9, 5), fill)
-
-
-def _draw(shown: Any, path: Path, size: tuple[float, float], fill: Callable[[Any], None]) -> None:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the plots need matplotlib: pip install "cmr-layers[bench]"') from error
-    with matplotlib.rc_context({'svg.hashsalt': 'cmr-layers', 'svg.fonttype': 'none', 'font.size': 9}):
-        figure = Figure(figsize=size, layout='constrained')
-        fill(figure)
-        figure.savefig(path, format='svg', metadata={'Date': None, 'Description': f'data {digest(shown)}'})
-    path.write_text(re.sub(r' +$', '', path.read_text(), flags=re.MULTILINE))
+    write(shown, path, (9, 5), fill)

@@ -2,18 +2,16 @@
 
 Needs the extra [bench].
 """
-import hashlib
-import json
-import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.plots import write
 from benchmarks.runtime.candidate import Setting
 from benchmarks.runtime.models import OFF_THE_SHELF, TABLE_7
 from benchmarks.runtime.results import measured, ratio
 from benchmarks.runtime.tables import best_mode
 
-__all__ = ['Point', 'digest', 'draw', 'points', 'stale']
+__all__ = ['Point', 'draw', 'points']
 
 OURS, PEER, PAPER = '#b3371f', '#3d5a80', '#9a9a9a'
 _OWN = ('tim', 'cme', 'sme', 'cmr', 'released')
@@ -45,38 +43,23 @@ def points(results: dict[str, Any]) -> list[Point]:
     return found
 
 
-def digest(found: Any) -> str:
-    """Of what is drawn; the picture carries it."""
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
-
-
-def stale(results: dict[str, Any], path: Path) -> bool:
-    """Whether the picture shows something else than the results."""
-    return not path.exists() or f'data {digest(points(results))}' not in path.read_text()
-
-
 def draw(results: dict[str, Any], path: Path) -> None:
     """Write the plot as SVG.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('the plot needs matplotlib: pip install "cmr-layers[bench]"') from error
     found = points(results)
     where = results['gpu'] if results['device'] == 'cuda' else f'{results["machine"]}, {results["threads"]} threads'
-    with matplotlib.rc_context({'svg.hashsalt': 'cmr-layers', 'svg.fonttype': 'none', 'font.size': 9}):
-        figure = Figure(figsize=(11, 4.8), layout='constrained')
+    mode = best_mode(measured(results, 'latency'))
+    title = f'{where}: {Setting(**results["base"]).label}, {mode} mode, {results["date"][:10]}'
+
+    def fill(figure: Any) -> None:
         scatter, bars = figure.subplots(1, 2, width_ratios=(1, 1.1))
         _scatter(scatter, found)
         _bars(bars, found)
-        mode = best_mode(measured(results, 'latency'))
-        figure.suptitle(f'{where}: {Setting(**results["base"]).label}, {mode} mode, {results["date"][:10]}', fontsize=9)
-        figure.savefig(path, format='svg', metadata={'Date': None, 'Description': f'data {digest(found)}'})
-    path.write_text(re.sub(r' +$', '', path.read_text(), flags=re.MULTILINE))
+        figure.suptitle(title, fontsize=9)
+    write(found, path, (11, 4.8), fill)
 
 
 def _scatter(axes: Any, found: list[Point]) -> None:

@@ -63,7 +63,8 @@ def test_every_section_has_its_page():
     assert set(found['docs/performance.md']) == {
         'kernels', 'kernels-prediction', 'gpu-checks', 'gpu-kernels', 'gpu-bf16'}
     assert set(found['docs/paper.md']) == {'flops'} and set(found['docs/testing.md']) == {'timm-suite'}
-    assert set(found['docs/motion.md']) == {'motion-search', *motion.SECTIONS}
+    assert set(found['docs/motion.md']) == {
+        'motion-gates', 'motion-latency', 'motion-search', *motion.SECTIONS}
     assert set(found['README.md']) == {'coverage', 'frozen'} and set(found['docs/training.md']) == {'frozen-training'}
 
 

@@ -4,6 +4,7 @@ import re
 import pytest
 from benchmark_results import BASE, cells, entry, missing, results
 
+from benchmarks.plots import stale
 from benchmarks.runtime import goals, operators, plan, plot, tables
 from benchmarks.runtime.compare import compare
 from benchmarks.runtime.results import NO_TIME, measured, ratio
@@ -242,10 +243,10 @@ def test_plot_shows_what_was_measured_and_knows_when_it_is_stale(tmp_path):
     point = next(p for p in plot.points(r) if p.name == 'cmr')
     assert (point.ratio, point.paper, point.accuracy) == (1.5, pytest.approx(21.4 / 12.3), 51.3)
     path = tmp_path / 'plot.svg'
-    assert plot.stale(r, path)
+    assert stale(plot.points(r), path)
     plot.draw(r, path)
     text = path.read_text()
     assert all(label in text for label in ('TSM', 'baseline+CME&amp;SME', 'R3D-18', '2001-02-03'))
-    assert not plot.stale(r, path)
+    assert not stale(plot.points(r), path)
     r['units'][0]['entries'][2]['samples'] = [4., 4.]
-    assert plot.stale(r, path)
+    assert stale(plot.points(r), path)

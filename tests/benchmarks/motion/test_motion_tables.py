@@ -10,6 +10,7 @@ from benchmarks.motion.__main__ import main
 from benchmarks.motion.latency import measure
 from benchmarks.motion.rows import GROUPS
 from benchmarks.motion.size import SIZES
+from benchmarks.plots import stale
 
 
 @pytest.fixture(scope='module')
@@ -93,15 +94,15 @@ def test_method_counts_what_was_done(found):
 
 def test_plots_carry_what_they_show(found, tmp_path):
     shown, path = plot.curves(found), tmp_path / 'curves.svg'
-    assert plot.stale(shown, path)
+    assert stale(shown, path)
     plot.draw_curves(found, path)
-    assert not plot.stale(shown, path) and 'CME&amp;SME' in path.read_text()
+    assert not stale(shown, path) and 'CME&amp;SME' in path.read_text()
     latency = {'rows': measure(['plain', 'all'], 2, 32, SIZES['smoke'].shape, 'cpu')}
     assert latency['rows']['tim']['ratio']['median'] == 1
     plot.draw_costs(found, latency, tmp_path / 'costs.svg')
-    assert not plot.stale(plot.costs(found, latency), tmp_path / 'costs.svg')
+    assert not stale(plot.costs(found, latency), tmp_path / 'costs.svg')
     other = {**found, 'runs': [run for run in found['runs'] if run['seed'] == 0]}
-    assert plot.stale(plot.curves(other), path)
+    assert stale(plot.curves(other), path)
 
 
 def test_every_group_has_a_place_on_the_page():
