@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.motion.movers import SWEEPS
-from benchmarks.motion.results import after, estimate, right, runs_of, swept
+from benchmarks.motion.results import after, difference_of, estimate, paired, runs_of, swept
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.statistics import Estimate
 from benchmarks.plots import write
@@ -18,6 +18,8 @@ _Curve = list[tuple[float, Estimate]]
 #: Rows of the curves, and their colours.
 CURVES = {'plain': '#9a9a9a', 'cme_sme': '#d9a441', 'tim': '#3d5a80', 'cme': '#6a994e', 'sme': '#8e5ea2',
           'all': '#b3371f'}
+#: What differences are to, and rows that differ from it by too much.
+BASE, UNORDERED = 'tim', {'plain', 'only_cme', 'only_sme', 'cme_sme'}
 _AXES = {'clips': 'training clips', 'step': 'step: pixels in an eighth of a clip',
          'clutter': 'clutter: opacity of the distractors', 'share': 'share of frames that show the actor'}
 
@@ -25,6 +27,9 @@ _AXES = {'clips': 'training clips', 'step': 'step: pixels in an eighth of a clip
 def curves(results: _Results) -> dict[str, dict[str, _Curve]]:
     """Right answers by training clips and by each knob, for each row that was measured."""
     rows = [row for row in CURVES if runs_of(results, row)]
+    results = paired(results, rows)
+    if not results['runs']:
+        return {}
     found: dict[str, dict[str, _Curve]] = {name: {} for name in _AXES}
     for row in rows:
         seen = [point[0] for point in next(iter(runs_of(results, row).values()))['curve']]
@@ -35,13 +40,16 @@ def curves(results: _Results) -> dict[str, dict[str, _Curve]]:
 
 
 def costs(results: _Results, latency: _Results) -> list[tuple[str, float, float, float, Estimate]]:
-    """Rows with a latency: name, ratio to TIM and its interval, right answers."""
+    """Rows with TIM or something in its place: name, latency over TIM's with its interval, points over TIM.
+
+    The others, without anything that tells the order of frames, are too far below to be shown beside them.
+    """
     found = []
     for row, time in latency['rows'].items():
-        accuracy = estimate(results, row, right)
-        if accuracy:
+        points = difference_of(results, row, BASE) if row not in UNORDERED else None
+        if points:
             ratio = time['ratio']
-            found.append((row, ratio['median'], ratio['low'], ratio['high'], accuracy))
+            found.append((row, ratio['median'], ratio['low'], ratio['high'], points))
     return found
 
 
@@ -77,19 +85,21 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
 
     def fill(figure: Any) -> None:
         axes = figure.subplots()
-        for row, ratio, low, high, accuracy in shown:
+        axes.axhline(0, color='black', linewidth=.6, linestyle=':')
+        for row, ratio, low, high, points in shown:
             color = CURVES.get(row, '#555555')
+            bars = {} if points.seeds == 1 else {
+                'yerr': [[100 * (points.mean - points.low)], [100 * (points.high - points.mean)]]}
             axes.errorbar(
-                ratio, 100 * accuracy.mean, xerr=[[ratio - low], [high - ratio]],
-                yerr=[[100 * (accuracy.mean - accuracy.low)], [100 * (accuracy.high - accuracy.mean)]], fmt='o',
-                markersize=4, color=color, elinewidth=.5, capsize=1.5)
-            axes.annotate(ROWS[row].label, (ratio, 100 * accuracy.mean), xytext=(4, 3), textcoords='offset points',
+                ratio, 100 * points.mean, xerr=[[ratio - low], [high - ratio]], fmt='o', markersize=4, color=color,
+                elinewidth=.5, capsize=1.5, **bars)
+            axes.annotate(ROWS[row].label, (ratio, 100 * points.mean), xytext=(4, 3), textcoords='offset points',
                           color=color, fontsize=7)
         axes.set_xscale('log')
         ticks = [.8, 1, 1.2, 1.5, 2, 3, 4]
         axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel('latency as a ResNet-50, TIM = 1')
-        axes.set_ylabel('right, %')
+        axes.set_ylabel('points over TIM (bars: 95% intervals, where there are two seeds)')
         axes.spines[['top', 'right']].set_visible(False)
     write(shown, path, (9, 5), fill)

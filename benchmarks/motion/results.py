@@ -21,7 +21,8 @@ def runs_of(results: dict[str, Any], row: str, task: str = 'movers') -> Runs:
 
 def paired(results: dict[str, Any], rows: Iterable[str], task: str = 'movers') -> dict[str, Any]:
     """The results of the seeds that all of some rows have, so that their means are of the same seeds."""
-    seeds = set.intersection(*(set(runs_of(results, row, task)) for row in rows))
+    of_rows = [set(runs_of(results, row, task)) for row in rows]
+    seeds = set.intersection(*of_rows) if of_rows else set()
     return {**results, 'runs': [found for found in results['runs'] if found['seed'] in seeds]}
 
 

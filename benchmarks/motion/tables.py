@@ -59,7 +59,7 @@ def render_group(results: _Results, name: str, task: str = 'movers') -> str:
     return table([*head, 'paper, top-1, %'], [[*line, share] for line, share in zip(lines, paper)])
 
 
-_NO_SEED = 'no seed has all of these rows yet'
+_NO_SEED = 'not measured yet: no seed has all of these rows'
 
 
 def _lines(results: _Results, bases: dict[str, str], task: str) -> list[list[str]]:
@@ -103,12 +103,20 @@ def render_claims(results: _Results) -> str:
     return table(['paper', 'claim', 'paper, points', 'here, points', ''], lines)
 
 
+def _shares(results: _Results, head: str, measures: dict[str, Measure]) -> str:
+    """Right answers of the rows of Tables 4 and 6 by something, without intervals."""
+    rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
+    results = paired(results, rows)
+    if not results['runs']:
+        return _NO_SEED
+    lines = [[ROWS[row].label, *(f'{100 * found.mean:.1f}' if found else '' for found in (
+        estimate(results, row, measure) for measure in measures.values()))] for row in rows]
+    return table([head, *measures], lines)
+
+
 def render_motions(results: _Results) -> str:
     """Where a row is right: by motion."""
-    rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
-    lines = [[ROWS[row].label, *(f'{100 * found.mean:.1f}' if found else '' for found in (
-        estimate(results, row, of_group(i)) for i in range(len(MOTIONS))))] for row in rows]
-    return table(['right, %', *MOTIONS], lines)
+    return _shares(results, 'right, %', {name: of_group(i) for i, name in enumerate(MOTIONS)})
 
 
 def render_gains(results: _Results) -> str:
@@ -121,10 +129,7 @@ def render_gains(results: _Results) -> str:
 
 def render_sweep(results: _Results, knob: str) -> str:
     """Right answers by the value of a knob."""
-    rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
-    return table([f'right, %, at {knob}', *(f'{value:g}' for value in SWEEPS[knob])], [
-        [ROWS[row].label, *(f'{100 * found.mean:.1f}' if found else '' for found in (
-            estimate(results, row, swept(knob, value)) for value in SWEEPS[knob]))] for row in rows])
+    return _shares(results, f'right, %, at {knob}', {f'{value:g}': swept(knob, value) for value in SWEEPS[knob]})
 
 
 def render_sweep_gains(results: _Results) -> str:
@@ -138,8 +143,9 @@ def render_sweep_gains(results: _Results) -> str:
 def render_curve(results: _Results) -> str:
     """Right answers by the number of training clips."""
     rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
-    if not rows:
-        return 'not measured yet'
+    results = paired(results, rows)
+    if not results['runs']:
+        return _NO_SEED
     seen = [point[0] for point in next(iter(runs_of(results, rows[0]).values()))['curve']]
     return table(['right, %, after training clips', *(f'{clips:,}' for clips in seen)], [
         [ROWS[row].label, *(_show(estimate(results, row, after(i))) for i in range(len(seen)))] for row in rows])

@@ -46,9 +46,9 @@ def test_a_table_is_of_the_seeds_that_all_of_its_rows_have(found):
     assert shown == alone and shown['TIM'][1] == '1'
     assert cells(tables.render_group({**found, 'runs': without}, 'table4'))['TIM'][1] == '2'  # it has no MEM
     apart = [run for run in found['runs'] if run['seed'] == (run['row'] == 'tim')]
-    assert tables.render_group({**found, 'runs': apart}, 'table6') == 'no seed has all of these rows yet'
+    assert tables.render_group({**found, 'runs': apart}, 'table6') == 'not measured yet: no seed has all of these rows'
     other = [{**run, 'task': 'ego'} for run in apart]
-    assert tables.render_real({**found, 'runs': other}, 'ego') == 'no seed has all of these rows yet'
+    assert tables.render_real({**found, 'runs': other}, 'ego') == 'not measured yet: no seed has all of these rows'
 
 
 def test_measures_are_what_they_are_called(found):
@@ -99,6 +99,8 @@ def test_plots_carry_what_they_show(found, tmp_path):
     assert not stale(shown, path) and 'CME&amp;SME' in path.read_text()
     latency = {'rows': measure(['plain', 'all'], 2, 32, SIZES['smoke'].shape, 'cpu')}
     assert latency['rows']['tim']['ratio']['median'] == 1
+    (base, *_), (both, *_, points) = plot.costs(found, latency)  # the plain one would press the others together
+    assert (base, both) == ('tim', 'all') and points == results.difference_of(found, 'all', 'tim')
     plot.draw_costs(found, latency, tmp_path / 'costs.svg')
     assert not stale(plot.costs(found, latency), tmp_path / 'costs.svg')
     other = {**found, 'runs': [run for run in found['runs'] if run['seed'] == 0]}
