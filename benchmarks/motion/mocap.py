@@ -18,7 +18,7 @@ from benchmarks.motion.photographs import windows
 from benchmarks.motion.scene import WINDOWS
 from benchmarks.motion.task import DATA, Clips, make_task, pairs
 
-__all__ = ['ACTIONS', 'MOCAP', 'joints', 'take']
+__all__ = ['ACTIONS', 'MOCAP', 'joints', 'take', 'turned']
 
 Array = npt.NDArray[np.float64]
 
@@ -98,13 +98,20 @@ def take(action: str) -> tuple[Array, Array]:
     return times, joints(frames[:, 1:])
 
 
+def turned(random: np.random.Generator, split: str) -> float:
+    """Where a camera stands, in radians about the vertical: training has two opposite quarters, the test the others.
+
+    A flat figure seen from behind, at an angle of pi more, is its mirror image, and so is a symmetric pose seen from
+    the other side, at the opposite angle. A split has both, so no picture of the test is one of the training.
+    """
+    turn: float = random.uniform(-np.pi / 4, np.pi / 4) + np.pi * random.integers(2)
+    return turn + (np.pi / 2 if split == 'val' else 0)
+
+
 def clips(
         count: int, seed: tuple[int, ...], split: str, num_frames: int, side: int, device: str = 'cpu',
 ) -> Clips:
-    """A batch. Training cameras look from two opposite quarters, test cameras from the other two.
-
-    Opposite, as a flat figure seen from behind is its mirror image.
-    """
+    """A batch, drawn as :func:`turned` cameras see it."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 2 * len(ACTIONS), count)
     points = np.empty((count, num_frames, len(_NAMES), 2))
@@ -118,7 +125,7 @@ def clips(
         seen = places[moment - 1] * (1 - part) + places[moment] * part
         if label % 2:
             seen = seen[::-1]
-        turn = random.uniform(0, np.pi / 2) + np.pi * random.integers(2) + (np.pi / 2 if split == 'val' else 0)
+        turn = turned(random, split)
         tilt = random.uniform(-.1, .4)
         x = np.cos(turn) * seen[..., 0] + np.sin(turn) * seen[..., 2]
         depth = np.cos(turn) * seen[..., 2] - np.sin(turn) * seen[..., 0]

@@ -4,7 +4,7 @@ On one thread of a CPU it follows from its arguments to the last digit.
 """
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[
     return found['weights'], found['right']
 
 
+def _digest(tensors: Iterable[Tensor]) -> str:
+    """What two runs have to have in common to be compared: of their image network, of their test clips."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> dict[str, Any]:
     """Train and test a row.
 
@@ -88,6 +96,7 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
         'task': task.name, 'row': name, 'seed': seed, 'seconds': round(time.perf_counter() - begin, 1),
         'parameters': sum(p.numel() for p in model.parameters()),
         'learning': sum(p.numel() for p in model.parameters() if p.requires_grad), 'image': round(right, 4),
+        'start': _digest(weights.values()), 'clips': _digest([clips, labels]),
         'losses': [round(loss, 4) for loss in losses], 'curve': curve,
         'confusion': confusion(model, clips, labels, classes)}
     if task is MOVERS and name in SWEPT:

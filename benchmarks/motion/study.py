@@ -54,12 +54,12 @@ def _within(results: dict[str, Any], left: list[Key], jobs: int, minutes: float)
 
 def _run(folder: Path, key: Key, size: str) -> dict[str, Any]:
     task, row, seed = key
-    return {**run(folder, row, seed, SIZES[size], TASKS[task]), **_where()}
+    return {**run(folder, row, seed, SIZES[size], TASKS[task]), **_where(size)}
 
 
-def _where() -> dict[str, Any]:
+def _where(size: str) -> dict[str, Any]:
     about = describe()
-    return {'machine': about['gpu'] or about['machine'], 'date': about['date'][:10],
+    return {'machine': about['machine'] if SIZES[size].device == 'cpu' else about['gpu'], 'date': about['date'][:10],
             'torch': about['versions']['torch']}
 
 
@@ -81,13 +81,42 @@ def save(path: Path, results: dict[str, Any]) -> None:
     os.replace(part, path)
 
 
-def _check_machine(results: dict[str, Any], left: list[Key]) -> None:
-    """Rows of a seed are compared, so they have to start from one image network. Another machine makes another."""
-    here, seeds = _where()['machine'], {seed for *_, seed in left}
+def _check(results: dict[str, Any], left: list[Key]) -> None:
+    """Rows of a seed are compared, so they have to be of one machine: another one rounds otherwise."""
+    here, seeds = _where(results['size']), {seed for *_, seed in left}
     for found in results['runs']:
-        if found['seed'] in seeds and found['machine'] != here:
-            raise ValueError(f'--seeds must be such as have no runs of another machine, got {found["seed"]}, which has '
-                             f'runs of {found["machine"]!r}; this is {here!r}')
+        there = {name: found[name] for name in ('machine', 'torch')}
+        if found['seed'] in seeds and there != {name: here[name] for name in there}:
+            raise ValueError(f'--seeds must be such as have no runs of another machine or PyTorch, got '
+                             f'{found["seed"]}, which has runs of {there["machine"]!r} with {there["torch"]}; this is '
+                             f'{here["machine"]!r} with {here["torch"]}')
+
+
+def _append(results: dict[str, Any], made: dict[str, Any]) -> None:
+    """Add a run, if it can be compared with those of its seed: they began with one image network, and saw one test."""
+    row = ROWS[made['row']]
+    for found in results['runs']:
+        if found['seed'] != made['seed']:
+            continue
+        other = ROWS[found['row']]
+        same = {'start': other.image == row.image,
+                'clips': (found['task'], other.num_frames) == (made['task'], row.num_frames)}
+        for name, wanted in (('start', '--folder must have the image network that other runs began with'),
+                             ('clips', '--out must have runs of the same test clips')):
+            if same[name] and found.get(name, made[name]) != made[name]:
+                raise ValueError(f'{wanted}, but of seed {made["seed"]} row {found["row"]} has {found[name]} and row '
+                                 f'{made["row"]} has {made[name]}')
+    results['runs'].append(made)
+
+
+def _merge(results: dict[str, Any], written: dict[str, Any] | None) -> None:
+    """Add the runs and commands that a file has and these results have not."""
+    mine = {key_of(found) for found in results['runs']}
+    for found in (written or {'runs': []})['runs']:
+        if key_of(found) not in mine:
+            _append(results, found)
+    results['commands'] += [
+        each for each in (written or {}).get('commands', []) if each not in results['commands']]
 
 
 def study(
@@ -107,7 +136,8 @@ def study(
         The runs that are left.
 
     Raises:
-        ValueError: ``out`` is of a study of another size, or has runs of one of the seeds from another machine.
+        ValueError: ``out`` is of a study of another size, or has runs of one of the seeds that can't be compared with
+            those that are made here.
     """
     settings = json.loads(json.dumps(as_dict(SIZES[size])))
     now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
@@ -116,8 +146,8 @@ def study(
         raise ValueError(f'--out {out} must be a new file or one of size {size!r} with the same settings, got '
                          f'{results.get("size")!r} with {results.get("settings")}')
     done = {key_of(found) for found in results['runs']}
-    left = [key for key in keys if key not in done]
-    _check_machine(results, left)
+    left = [key for key in dict.fromkeys(keys) if key not in done]
+    _check(results, left)
     if left and now['command'] not in results.setdefault('commands', [results['command']]):
         results['commands'].append(now['command'])
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,8 +169,9 @@ def study(
                 break
             for over in wait(running, return_when=FIRST_COMPLETED).done:
                 key, since = running.pop(over)
-                results['runs'].append(over.result())
+                _append(results, over.result())
                 longest = max(longest, time.monotonic() - since)
+                _merge(results, read_json(out))  # another command may have written there
                 save(out, results)
                 print(*key, f'{time.monotonic() - since:.0f} s', flush=True)
     finally:

@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+from benchmarks import machine
 from benchmarks.motion.__main__ import main
 from benchmarks.motion.rows import GROUPS, ROWS, image_network
 from benchmarks.motion.run import run
@@ -91,7 +92,7 @@ def test_a_seed_is_of_one_machine(tmp_path, capsys):
     save(out, found)
     assert main([*arguments, '0', '--rows', 'plain']) == 0  # nothing to do
     assert main([*arguments, '1', '0', '--rows', 'plain', 'tim']) == 1
-    assert "--seeds must be such as have no runs of another machine, got 0, which has runs of 'another'" in (
+    assert "--seeds must be such as have no runs of another machine or PyTorch, got 0, which has runs of 'another'" in (
         capsys.readouterr().err)
     assert main([*arguments, '1', '--rows', 'plain']) == 0
     second = json.loads(out.read_text())
@@ -99,6 +100,41 @@ def test_a_seed_is_of_one_machine(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*arguments, '-1'])
     assert 'argument --seeds: must be 0 or more, got -1' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name, wanted', [
+    ('start', '--folder must have the image network that other runs began with, but of seed 0 row plain has 1234'),
+    ('clips', '--out must have runs of the same test clips, but of seed 0 row plain has 1234')])
+def test_rows_of_a_seed_that_cannot_be_compared_are_an_error(tmp_path, capsys, name, wanted):
+    out = tmp_path / 'motion.json'
+    arguments = ['--out', str(out), '--folder', str(tmp_path), '--size', 'smoke', '--jobs', '1', '--seeds', '0']
+    assert main([*arguments, '--rows', 'plain']) == 0
+    found = json.loads(out.read_text())
+    found['runs'][0][name] = '1234'
+    save(out, found)
+    assert main([*arguments, '--rows', 'tim']) == 1
+    assert wanted in capsys.readouterr().err
+    assert len(json.loads(out.read_text())['runs']) == 1
+    # other frames are other clips, another kind has another image network
+    assert main([*arguments, '--rows', 'tim_16' if name == 'clips' else 'tea']) == 0
+
+
+def test_two_commands_may_write_one_file_and_what_is_asked_twice_is_done_once(tmp_path, monkeypatch):
+    out = tmp_path / 'motion.json'
+    arguments = ['--out', str(out), '--folder', str(tmp_path), '--size', 'smoke', '--jobs', '1']
+    read, other = machine.read_json, tmp_path / 'other.json'
+    assert main(['--out', str(other), *arguments[2:], '--rows', 'plain', '--seeds', '3']) == 0
+
+    def beside(path):
+        """As if the other command had ended since this one began."""
+        found = read(path)
+        return found if found is None else {**found, **read(other), 'runs': found['runs'] + read(other)['runs']}
+    assert main([*arguments, '--rows', 'tim', '--seeds', '0']) == 0
+    monkeypatch.setattr('benchmarks.motion.study.read_json', lambda path, seen=[]: (
+        beside if seen else read)(seen.append(path) or path))
+    assert main([*arguments, '--rows', 'plain', 'plain', '--seeds', '0', '0']) == 0
+    found = json.loads(out.read_text())
+    assert [(run['row'], run['seed']) for run in found['runs']] == [('plain', 0), ('plain', 3), ('tim', 0)]
 
 
 def test_maps_are_measured_where_there_are_layers(tmp_path):

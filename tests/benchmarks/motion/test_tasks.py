@@ -109,6 +109,14 @@ def test_labels_are_what_the_camera_does():
         assert len(shifts) >= 3 and sign * np.median(shifts) > 0
 
 
+def test_no_camera_of_the_test_sees_what_one_of_the_training_does_or_its_mirror_image():
+    random = np.random.default_rng(0)
+    seen = {split: np.array([mocap.turned(random, split) for _ in range(500)]) for split in ('train', 'val')}
+    for mirrored in (seen['val'], seen['val'] + np.pi, -seen['val'], np.pi - seen['val']):
+        apart = np.abs(np.angle(np.exp(1j * (mirrored[:, None] - seen['train']))))
+        assert .0 < apart.min() < .1 and np.cos(2 * mirrored).max() < 0 < np.cos(2 * seen['train']).min()
+
+
 @pytest.fixture
 def one_video(data, monkeypatch):
     """The one file that an extra installs, for both splits."""
