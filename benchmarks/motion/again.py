@@ -54,14 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found['maps'] = localisation(model, found['seed'], SIZES[size])
         save(args.out, results)
         return 0
+    chosen = [found for found in results['runs'] if found['row'] in args.rows and found['seed'] == args.seed]
+    missing = set(args.rows) - {found['row'] for found in chosen}
+    if missing:
+        parser.error(f'argument --rows: must be rows that --out has with seed {args.seed}, got {sorted(missing)}')
     wrong = 0
-    for found in results['runs']:
-        if found['row'] in args.rows and found['seed'] == args.seed:
-            with tempfile.TemporaryDirectory() as folder:
-                names = differences(found, size, Path(folder))
-            outcome = f'differs in {names}' if names else 'is the same'
-            print(found['task'], found['row'], found['seed'], outcome, flush=True)
-            wrong += bool(names)
+    for found in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            names = differences(found, size, Path(folder))
+        outcome = f'differs in {names}' if names else 'is the same'
+        print(found['task'], found['row'], found['seed'], outcome, flush=True)
+        wrong += bool(names)
     return int(wrong > 0)
 
 

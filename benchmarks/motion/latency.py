@@ -46,15 +46,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=result_file, required=True, help='JSON file')
+    parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: %(default)s')
     parser.add_argument('--rounds', type=positive, default=15, help='samples of each row; default: %(default)s')
     parser.add_argument('--size', type=positive, default=224, help='pixels; default: %(default)s')
     parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=NETWORKS, metavar='ROW',
                         help='default: all but those that are another row, trained otherwise')
     args = parser.parse_args(argv)
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    rows = measure(args.rows, args.rounds, args.size, SHAPE, device)
-    write(args.out, {**describe(), 'threads': torch.get_num_threads(), 'rounds': args.rounds, 'size': args.size,
-                     'rows': rows})
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error("argument --device: must be 'cpu' where PyTorch finds no GPU, got 'cuda'")
+    rows = measure(args.rows, args.rounds, args.size, SHAPE, args.device)
+    write(args.out, {**describe(), 'device': args.device, 'threads': torch.get_num_threads(), 'rounds': args.rounds,
+                     'size': args.size, 'rows': rows})
     return 0
 
 

@@ -46,7 +46,7 @@ FILES: dict[str, tuple[File, ...]] = {
 TRIES = 5000  # windows of a video
 SHORT = 120  # pixels of the short side of a video, for frames of 40
 SPAN = 8  # frames of a clip whose neighbours are as far apart as File.every says
-CHANGE = 5.  # of neighbours that is enough, of 255: the deviation of their difference, which light alone leaves at 0
+CHANGE = 5.  # of neighbours that is enough, of 255: the deviation of their difference, of which added light has none
 CUT = 40.  # of two frames that are of two shots
 
 
@@ -90,7 +90,7 @@ def clips(
         number = random.integers(len(videos))
         video, step = videos[number], files[number].every * SPAN // num_frames
         span = step * (2 * num_frames - 1) + 1  # at double speed
-        for _ in range(TRIES):
+        for _ in range(TRIES if span <= len(video) else 0):
             begin = random.integers(len(video) - span + 1)
             top, left = (random.integers(length - side + 1) for length in video.shape[2:])
             window = video[begin:begin + span:step, :, top:top + side, left:left + side]
@@ -99,7 +99,9 @@ def clips(
             if moves >= CHANGE and np.abs(changes).mean((1, 2, 3)).max() < CUT:
                 break
         else:
-            raise ValueError(f'a video of {split!r} must have windows of {side} pixels that move, got none')
+            raise ValueError(
+                f'{files[number].file} must have windows of {span} frames and {side} pixels that change by {CHANGE:g} '
+                f'or more and have no cut, got none in {TRIES} tries')
         part = window[:num_frames]
         if label == 1:
             part = part[::-1]

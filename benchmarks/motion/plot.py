@@ -9,6 +9,7 @@ from benchmarks.motion.movers import SWEEPS
 from benchmarks.motion.results import after, difference_of, estimate, paired, runs_of, swept
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.statistics import Estimate
+from benchmarks.motion.tables import CURVED
 from benchmarks.plots import write
 
 __all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs']
@@ -19,15 +20,15 @@ _Curve = list[tuple[float, Estimate]]
 CURVES = {'plain': '#9a9a9a', 'cme_sme': '#d9a441', 'tim': '#3d5a80', 'cme': '#6a994e', 'sme': '#8e5ea2',
           'all': '#b3371f'}
 #: What differences are to, and rows that differ from it by too much.
-BASE, UNORDERED = 'tim', {'plain', 'only_cme', 'only_sme', 'cme_sme'}
+BASE, UNORDERED = 'tim', {'plain', 'only_cme', 'only_sme', 'cme_sme', 'broken_sme', 'shuffled_sme'}
 _AXES = {'clips': 'training clips', 'step': 'step: pixels in an eighth of a clip',
-         'clutter': 'clutter: opacity of the distractors', 'share': 'share of frames that show the actor'}
+         'clutter': 'clutter: opacity of the distractors', 'share': 'share of frames that show the bar'}
 
 
 def curves(results: _Results) -> dict[str, dict[str, _Curve]]:
     """Right answers by training clips and by each knob, for each row that was measured."""
+    results = paired(results, [row for row in CURVED if runs_of(results, row)])  # as in the tables
     rows = [row for row in CURVES if runs_of(results, row)]
-    results = paired(results, rows)
     if not results['runs']:
         return {}
     found: dict[str, dict[str, _Curve]] = {name: {} for name in _AXES}
@@ -74,7 +75,7 @@ def draw_curves(results: _Results, path: Path) -> None:
             axes.set_ylim(0, 100)
             axes.spines[['top', 'right']].set_visible(False)
             if name == 'clips':
-                axes.set_ylabel('right, % (bands: 95% intervals)')
+                axes.set_ylabel('right, % (bands: 95% intervals;\ndotted: all frames without their order)')
                 axes.legend(frameon=False, fontsize=7, loc='upper left')
     write(shown, path, (12, 3.4), fill)
 
@@ -100,6 +101,6 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
         axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel('latency as a ResNet-50, TIM = 1')
-        axes.set_ylabel('points over TIM (bars: 95% intervals, where there are two seeds)')
+        axes.set_ylabel('points over TIM (bars: 95% intervals, with two seeds or more)')
         axes.spines[['top', 'right']].set_visible(False)
     write(shown, path, (9, 5), fill)

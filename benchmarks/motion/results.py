@@ -43,8 +43,11 @@ def group(found: dict[str, Any]) -> float:
 
 
 def direction(found: dict[str, Any]) -> float:
-    """Share of clips whose order is right, of those whose group is."""
-    _, motion, both = _counts(found)
+    """Share of clips whose order is right, of those whose group is, but for groups of one class, where it always is."""
+    table, groups = found['confusion'], TASKS[found['task']].groups
+    ordered = [i for i, number in enumerate(groups) if groups.count(number) > 1]
+    both = sum(table[i][i] for i in ordered)
+    motion = sum(table[i][j] for i in ordered for j in ordered if groups[i] == groups[j])
     return both / max(motion, 1)
 
 

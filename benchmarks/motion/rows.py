@@ -132,7 +132,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'table5': ('deep', 'all_all', 'first_all', 'first_first'),
     'table3': ('all', 'r1', 'r4', 'r16'),
     'peers': ('tim', 'tsm', 'mem', 'stm', 'tdrl', 'tea', 'gsm', 'released', 'all'),
-    'mapless': ('tim', 'sme', 'mapless'),
+    'mapless': ('tim', 'mapless', 'sme'),
     'longer': ('tim_long', 'cme_long', 'sme_long', 'all_long'),
     'frames': ('tim', 'tim_16', 'all', 'all_16'),
     'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
@@ -140,11 +140,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
     'faults': ('tim', 'cme', 'broken_cme', 'shuffled_cme', 'plain', 'only_sme', 'broken_sme', 'shuffled_sme'),
 }
-#: What differences are taken to, where it is not the first row of a table.
+#: What differences are taken to where it is in the table, and is not its first row.
 BASES: dict[str, str] = {
     'all_16': 'tim_16', 'pool_first': 'released', 'shuffled_cme': 'cme', 'only_sme': 'plain', 'broken_sme': 'plain',
     'shuffled_sme': 'only_sme', 'frozen_tim': 'tim', 'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all',
-    'identity': 'all', 'sme': 'tim', 'mapless': 'sme'}
+    'identity': 'all', 'sme': 'mapless'}
 
 
 def image_network(kind: str, num_classes: int, shape: Shape) -> nn.Module:

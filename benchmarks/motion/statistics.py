@@ -6,7 +6,8 @@ from typing import NamedTuple
 __all__ = ['Estimate', 'difference', 'mean']
 
 # two-sided 95% quantiles of Student's t, by degrees of freedom
-_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+      2.131, 2.120, 2.110, 2.101, 2.093)
 
 
 class Estimate(NamedTuple):
@@ -26,6 +27,8 @@ class Estimate(NamedTuple):
     @property
     def verdict(self) -> str:
         """Of a difference that is claimed to be positive."""
+        if self.seeds == 1:
+            return 'one seed'
         return 'holds' if self.low > 0 else 'reversed' if self.high < 0 else 'undecided'
 
 
@@ -33,7 +36,7 @@ def mean(values: Sequence[float]) -> Estimate:
     """The mean over seeds.
 
     Raises:
-        ValueError: There are no values, or more than ten.
+        ValueError: There are no values, or more than 20.
     """
     n = len(values)
     if not 0 < n <= len(_T):

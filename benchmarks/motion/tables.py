@@ -27,7 +27,7 @@ from benchmarks.motion.tasks import TASKS
 __all__ = ['SECTIONS', 'claims', 'render_claims', 'render_gates', 'render_group', 'render_method', 'render_search']
 
 _Results = dict[str, Any]
-MAIN = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all')
+CURVED = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all', 'mem', 'pem')
 
 #: Top-1 on Something-Something V1 in the paper's tables 3 to 6, for 8 frames and ResNet-50.
 PAPER = {
@@ -46,17 +46,19 @@ def _has(results: _Results, row: str, task: str = 'movers') -> bool:
 def render_group(results: _Results, name: str, task: str = 'movers') -> str:
     """Some rows: shares of right answers, differences, and what is right of an answer."""
     rows = [row for row in GROUPS[name] if _has(results, row, task)]
-    if GROUPS[name][0] not in rows:
+    missing = [row for row in GROUPS[name] if row not in rows]
+    if GROUPS[name][0] in missing:
         return 'not measured yet'
     lines = _lines(results, {row: BASES[row] if BASES.get(row) in rows else rows[0] for row in rows}, task)
     if not lines:
         return _NO_SEED
     head = ['', 'seeds', 'right, %', 'difference, points', 'to', 'which motion, %', 'its order, % (chance 50)',
             'parameters, thousands']
-    if not any(row in PAPER for row in rows):
-        return table(head, lines)
-    paper = [f'{PAPER[row]}' if row in PAPER else '' for row in rows]
-    return table([*head, 'paper, top-1, %'], [[*line, share] for line, share in zip(lines, paper)])
+    if any(row in PAPER for row in rows):
+        head.append('paper, top-1, %')
+        lines = [[*line, f'{PAPER[row]}' if row in PAPER else ''] for row, line in zip(rows, lines)]
+    left = ', '.join(ROWS[row].label for row in missing)
+    return table(head, lines) + (f'\n\nNot measured yet: {left}.' if missing else '')
 
 
 _NO_SEED = 'not measured yet: no seed has all of these rows'
@@ -105,7 +107,7 @@ def render_claims(results: _Results) -> str:
 
 def _shares(results: _Results, head: str, measures: dict[str, Measure]) -> str:
     """Right answers of the rows of Tables 4 and 6 by something, without intervals."""
-    rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
+    rows = [row for row in CURVED if _has(results, row)]
     results = paired(results, rows)
     if not results['runs']:
         return _NO_SEED
@@ -142,7 +144,7 @@ def render_sweep_gains(results: _Results) -> str:
 
 def render_curve(results: _Results) -> str:
     """Right answers by the number of training clips."""
-    rows = [row for row in (*MAIN, 'mem', 'pem') if _has(results, row)]
+    rows = [row for row in CURVED if _has(results, row)]
     results = paired(results, rows)
     if not results['runs']:
         return _NO_SEED
@@ -164,9 +166,9 @@ def render_maps(results: _Results) -> str:
         for name, what in _MAPS.items():
             if runs and name in next(iter(runs.values()))['maps'] and (name != 'difference' or row == 'all'):
                 lines.append([
-                    '' if name == 'difference' else ROWS[row].label, what,
+                    '' if name == 'difference' else ROWS[row].label, what, f'{len(runs)}',
                     *(_show(estimate(results, row, _area(name, i))) for i in (0, 1))])
-    return table(['', 'map', 'finds the actor, % (chance 50)', 'finds all things, %'], lines)
+    return table(['', 'map', 'seeds', 'finds the bar, % (chance 50)', 'finds all things, %'], lines)
 
 
 def _area(name: str, which: int) -> Measure:
@@ -194,22 +196,23 @@ def render_method(results: _Results) -> str:
     """How it was measured."""
     settings = results['settings']
     recipe, stills = settings['recipe'], settings['stills']
-    runs = results['runs']
-    machines = sorted({found['machine'] for found in runs})
-    images = [found['image'] for found in runs if ROWS[found['row']].image == 'resnet']
+    runs = [found for found in results['runs'] if found['task'] == 'movers']
+    images = [found['image'] for found in runs]
     hours = sum(found['seconds'] for found in runs) / 3600
+    machines: dict[str, set[int]] = {}
+    for found in runs:
+        machines.setdefault(f'{found["machine"]}, torch {found["torch"]}', set()).add(found['seed'])
+    where = '; '.join(f'seeds {", ".join(map(str, sorted(seeds)))}: {name}' for name, seeds in machines.items())
     dates = sorted({found['date'] for found in runs})
-    torch = ', '.join(sorted({found['torch'] for found in runs}))
-    commands = results.get('commands', [results['command']])
+    commands = ', '.join(f'`{each}`' for each in results.get('commands', [results['command']]))
     return (
-        f'Training: {recipe["updates"] * recipe["batch"]:,} clips, {recipe["batch"]} an update, none twice; AdamW, '
-        f'weight decay {recipe["weight_decay"]}, one cycle to a learning rate of {recipe["lr"]:g}, for all rows. '
-        f'Before it, {stills["updates"] * stills["batch"]:,} single frames whose label is the shape of the things '
-        f'({min(images):.0%} to {max(images):.0%} right). Frames of {settings["side"]}x{settings["side"]} pixels. '
-        f'Tests: {settings["test"]:,} clips of each seed, for curves {settings["curve"]}. {len(runs)} runs, '
-        f'{hours:.1f} hours of training on one core '
-        f'each; {", ".join(machines)}; {" to ".join(dict.fromkeys((dates[0], dates[-1])))}; torch {torch}. '
-        + ('Command: ' if len(commands) == 1 else 'Commands: ') + ', '.join(f'`{each}`' for each in commands) + '.')
+        f'Training: {recipe["updates"] * recipe["batch"]:,} clips, {recipe["batch"]} an update, none twice (three '
+        f'times as many in the rows of more clips); AdamW, weight decay {recipe["weight_decay"]}, one cycle to a '
+        f'learning rate of {recipe["lr"]:g}, for all rows. Before it, {stills["updates"] * stills["batch"]:,} single '
+        f'frames whose label is the shape of the things ({min(images):.0%} to {max(images):.0%} right). Frames of '
+        f'{settings["side"]}x{settings["side"]} pixels. Tests: {settings["test"]:,} clips of each seed, for curves '
+        f'{settings["curve"]}. {len(runs)} runs, {hours:.1f} hours of training on one core each, '
+        f'{" to ".join(dict.fromkeys((dates[0], dates[-1])))}; {where}. Commands: {commands}.')
 
 
 def render_search(results: _Results) -> str:
@@ -227,16 +230,16 @@ def render_search(results: _Results) -> str:
 
 def render_gates(results: _Results) -> str:
     """How much of what a CME sees, and of its gates, changes within a clip."""
-    found: dict[tuple[str, str], list[_Results]] = {}
+    found: dict[str, list[_Results]] = {}
     for network in results['networks']:
-        found.setdefault((network['task'], network['row']), []).append(network)
+        found.setdefault(network['row'], []).append(network)
     lines = []
-    for (task, row), networks in found.items():
+    for row, networks in found.items():
         for i in range(len(networks[0]['layers'])):
             layers = [network['layers'][i] for network in networks]
-            lines.append([task, ROWS[row].label, f'{i + 1}', f'{len(layers)}', *(
+            lines.append([ROWS[row].label, f'{i + 1}', f'{len(layers)}', *(
                 _show(mean([layer[name] for layer in layers])) for name in ('place', 'pooled', 'gates'))])
-    return table(['task', '', 'CME', 'seeds', 'features at a place, %', 'their means over the frame, %', 'gates, %'],
+    return table(['', 'CME', 'seeds', 'features at a place, %', 'their means over the frame, %', 'gates, %'],
                  lines)
 
 

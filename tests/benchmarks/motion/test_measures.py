@@ -50,7 +50,7 @@ def test_a_share_is_shown_within_0_and_100():
 
 
 def test_a_mean_of_nothing_is_an_error():
-    with pytest.raises(ValueError, match='values must be one to 10 numbers, got 0'):
+    with pytest.raises(ValueError, match='values must be one to 20 numbers, got 0'):
         mean([])
 
 

@@ -62,6 +62,21 @@ def test_measures_are_what_they_are_called(found):
     assert results.after(1)(run) == run['curve'][1][3] / run['curve'][1][1]
 
 
+def test_the_order_is_a_coin_toss_for_a_network_that_sees_none():
+    """It takes the three orders of playback for each other; frozen clips and double speed have no other order."""
+    table = [[20, 20, 20, 0, 0]] * 3 + [[0, 0, 0, 60, 0], [0, 0, 0, 0, 60]]
+    run = {'task': 'playback', 'confusion': table}
+    assert results.direction(run) == pytest.approx(1 / 3) and results.right(run) == pytest.approx(3 / 5)
+    assert results.group(run) == 1
+
+
+def test_rows_that_are_missing_are_named(found):
+    assert 'Not measured yet' not in tables.render_group(found, 'table6')
+    text = tables.render_group(found, 'faults')
+    assert text.endswith('Not measured yet: CME hands on its input, gates of other frames, SME hands on its input, '
+                         'SME of shuffled frames.')
+
+
 @pytest.mark.parametrize('right, verdict', [
     ((20, 21), '**holds**'), ((8, 9), 'undecided'), ((1, 2), '**reversed**')])
 def test_a_claim_is_decided_by_its_interval(found, right, verdict):

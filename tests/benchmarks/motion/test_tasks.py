@@ -1,5 +1,6 @@
 """The tasks on real videos, rendered rooms and recorded people."""
 import importlib.util
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -178,8 +179,20 @@ def test_playback_is_made_of_frames_of_the_file(one_video, choose):
     assert not torch.equal(made[2][0], made[0][0])
 
 
+@pytest.mark.parametrize('frames', ['flicker', 'cuts', 'short'])
+def test_light_that_flickers_cuts_and_too_few_frames_are_no_motion(monkeypatch, one_video, frames):
+    """Pictures of noise: all the same but brighter or darker; each another; fewer than a clip at double speed has."""
+    random = np.random.default_rng(0)
+    still = random.integers(40, 200, (1, 3, 50, 60))
+    made = {'flicker': still + random.integers(-40, 40, (99, 1, 1, 1)),
+            'cuts': random.integers(0, 256, (99, 3, 50, 60)), 'short': still.repeat(20, 0)}[frames]
+    monkeypatch.setattr(playback, '_videos', cache(lambda split, side: (made.astype(np.uint8),)))
+    monkeypatch.setattr(playback, 'TRIES', 50)
+    with pytest.raises(ValueError, match=r'bikes\.mp4 must have windows of 31 frames and 40 pixels that change by 5'):
+        playback.clips(1, (2,), 'train', 8, 40)
+
+
 def test_playback_is_of_windows_in_which_something_moves(one_video):
-    """A change of light alone, which some of the files have, is no motion."""
     made, labels = playback.clips(40, (2,), 'train', 8, 40)
     changes = made[labels == 0].float().diff(dim=1)
     assert (changes.std((-2, -1), correction=0).mean((1, 2)) >= playback.CHANGE).all()
