@@ -54,7 +54,7 @@ def render_group(results: _Results, name: str, task: str = 'movers') -> str:
         return _NO_SEED
     head = ['', 'seeds', 'right, %', 'difference, points', 'to', 'which motion, %', 'its order, % (chance 50)',
             'parameters, thousands']
-    if any(row in PAPER for row in rows):
+    if task == 'movers' and any(row in PAPER for row in rows):
         head.append('paper, top-1, %')
         lines = [[*line, f'{PAPER[row]}' if row in PAPER else ''] for row, line in zip(rows, lines)]
     left = ', '.join(ROWS[row].label for row in missing)
@@ -153,6 +153,21 @@ def render_curve(results: _Results) -> str:
         [ROWS[row].label, *(_show(estimate(results, row, after(i))) for i in range(len(seen)))] for row in rows])
 
 
+def render_order(results: _Results, task: str) -> str:
+    """Which motion, and of those its order, by the number of training clips: TIM, and SME with and without its map."""
+    rows = [row for row in GROUPS['mapless'] if _has(results, row, task)]
+    results = paired(results, rows, task)
+    lines, seen = [], []
+    for row in rows if results['runs'] else ():
+        curves = [found['curve'] for found in runs_of(results, row, task).values()]
+        seen = [f'{points[0][0]:,}' for points in zip(*curves)]
+        lines.append([ROWS[row].label, f'{len(curves)}', *(
+            f'{100 * mean([p[2] / p[1] for p in points]).mean:.0f}, '
+            f'{100 * mean([p[3] / max(p[2], 1) for p in points]).mean:.0f}' for points in zip(*curves))])
+    head = ['which motion, %, and its order, %, after training clips', 'seeds', *seen]
+    return table(head, lines) if lines else _NO_SEED
+
+
 _MAPS = {'difference': "difference of the frames' pixels", 'sme': "SME's map, 1 - s",
          'sme_term': "what SME's convolution gets, the norm of x (1 - s)",
          'cme_top': "CME's ten most opened channels", 'cme_bottom': "CME's ten least opened channels"}
@@ -247,6 +262,8 @@ SECTIONS: dict[str, Callable[[_Results], str]] = {
     'motion-method': render_method,
     'motion-claims': render_claims,
     **{f'motion-{name}': partial(render_group, name=name) for name in GROUPS},
+    **{f'motion-ego-{name}': partial(render_group, name=name, task='ego') for name in ('mapless', 'longer')},
+    'motion-ego-order': partial(render_order, task='ego'),
     'motion-motions': render_motions,
     'motion-gains': render_gains,
     'motion-curve': render_curve,
