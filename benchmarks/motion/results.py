@@ -48,7 +48,8 @@ def direction(found: dict[str, Any]) -> float:
     ordered = [i for i, number in enumerate(groups) if groups.count(number) > 1]
     both = sum(table[i][i] for i in ordered)
     motion = sum(table[i][j] for i in ordered for j in ordered if groups[i] == groups[j])
-    return both / max(motion, 1)
+    share: float = both / max(motion, 1)
+    return share
 
 
 def of_group(number: int) -> Measure:
