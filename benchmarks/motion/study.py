@@ -103,7 +103,7 @@ def _append(results: dict[str, Any], made: dict[str, Any]) -> None:
                 'clips': (found['task'], other.num_frames) == (made['task'], row.num_frames)}
         for name, wanted in (('start', '--folder must have the image network that other runs began with'),
                              ('clips', '--out must have runs of the same test clips')):
-            if same[name] and found.get(name, made[name]) != made[name]:
+            if same[name] and len({found.get(name), made.get(name)} - {None}) > 1:  # older runs have none
                 raise ValueError(f'{wanted}, but of seed {made["seed"]} row {found["row"]} has {found[name]} and row '
                                  f'{made["row"]} has {made[name]}')
     results['runs'].append(made)

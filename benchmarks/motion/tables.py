@@ -101,7 +101,7 @@ def render_claims(results: _Results) -> str:
         if found:
             lines.append([
                 where, f'{ROWS[better].label} over {ROWS[worse].label}', f'{PAPER[better] - PAPER[worse]:+.1f}',
-                _show(found, True), f'**{found.verdict}**' if found.verdict != 'undecided' else found.verdict])
+                _show(found, True), f'**{found.verdict}**' if found.verdict in ('holds', 'reversed') else found.verdict])
     return table(['paper', 'claim', 'paper, points', 'here, points', ''], lines)
 
 
@@ -219,7 +219,7 @@ def render_method(results: _Results) -> str:
         machines.setdefault(f'{found["machine"]}, torch {found["torch"]}', set()).add(found['seed'])
     where = '; '.join(f'seeds {", ".join(map(str, sorted(seeds)))}: {name}' for name, seeds in machines.items())
     dates = sorted({found['date'] for found in runs})
-    commands = ', '.join(f'`{each}`' for each in results.get('commands', [results['command']]))
+    commands = ', '.join(f'`{each}`' for each in results.get('commands', [results['command']]) if '--tasks' not in each)
     return (
         f'Training: {recipe["updates"] * recipe["batch"]:,} clips, {recipe["batch"]} an update, none twice (three '
         f'times as many in the rows of more clips); AdamW, weight decay {recipe["weight_decay"]}, one cycle to a '
