@@ -99,9 +99,10 @@ def render_claims(results: _Results) -> str:
     for where, better, worse in claims():
         found = difference_of(results, better, worse)
         if found:
+            bold = '**' if found.verdict in ('holds', 'reversed') else ''
             lines.append([
                 where, f'{ROWS[better].label} over {ROWS[worse].label}', f'{PAPER[better] - PAPER[worse]:+.1f}',
-                _show(found, True), f'**{found.verdict}**' if found.verdict in ('holds', 'reversed') else found.verdict])
+                _show(found, True), f'{bold}{found.verdict}{bold}'])
     return table(['paper', 'claim', 'paper, points', 'here, points', ''], lines)
 
 
