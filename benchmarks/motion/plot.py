@@ -43,12 +43,13 @@ def curves(results: _Results) -> dict[str, dict[str, _Curve]]:
 def costs(results: _Results, latency: _Results) -> list[tuple[str, float, float, float, Estimate]]:
     """Rows with TIM or something in its place: name, latency over TIM's with its interval, points over TIM.
 
-    The others, without anything that tells the order of frames, are too far below to be shown beside them.
+    The others, without anything that tells the order of frames, are too far below to be shown beside them. The deeper
+    networks of Table 5 have no TIM of their depth to be compared with.
     """
     found = []
     for row, time in latency['rows'].items():
-        points = difference_of(results, row, BASE) if row not in UNORDERED else None
-        if points:
+        points = difference_of(results, row, BASE)
+        if points and row not in UNORDERED and ROWS[row].image != 'deep':
             ratio = time['ratio']
             found.append((row, ratio['median'], ratio['low'], ratio['high'], points))
     return found
@@ -87,15 +88,17 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
     def fill(figure: Any) -> None:
         axes = figure.subplots()
         axes.axhline(0, color='black', linewidth=.6, linestyle=':')
-        for row, ratio, low, high, points in shown:
+        for number, (row, ratio, low, high, points) in enumerate(shown, 1):
             color = CURVES.get(row, '#555555')
             bars = {} if points.seeds == 1 else {
                 'yerr': [[100 * (points.mean - points.low)], [100 * (points.high - points.mean)]]}
             axes.errorbar(
-                ratio, 100 * points.mean, xerr=[[ratio - low], [high - ratio]], fmt='o', markersize=4, color=color,
+                ratio, 100 * points.mean, xerr=[[ratio - low], [high - ratio]], fmt='o', markersize=3, color=color,
                 elinewidth=.5, capsize=1.5, **bars)
-            axes.annotate(ROWS[row].label, (ratio, 100 * points.mean), xytext=(4, 3), textcoords='offset points',
+            axes.annotate(f'{number}', (ratio, 100 * points.mean), xytext=(3, 3), textcoords='offset points',
                           color=color, fontsize=7)
+            axes.plot([], [], ' ', label=f'{number}  {ROWS[row].label}')
+        axes.legend(frameon=False, fontsize=7, loc='center left', bbox_to_anchor=(1, .5), handlelength=0)
         axes.set_xscale('log')
         ticks = [.8, 1, 1.2, 1.5, 2, 3, 4]
         axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
