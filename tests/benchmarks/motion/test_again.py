@@ -47,3 +47,10 @@ def test_a_file_that_is_none_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         again.main(['--out', str(tmp_path / 'none.json')])
     assert 'argument --out: must be a result file' in capsys.readouterr().err
+
+
+def test_rows_that_the_file_does_not_have_are_an_error(study, capsys):
+    """They would be nothing that differs."""
+    with pytest.raises(SystemExit):
+        again.main(['--out', str(study[0]), '--rows', 'tim', 'all', '--seed', '0'])
+    assert "argument --rows: must be rows that --out has with seed 0, got ['all']" in capsys.readouterr().err

@@ -51,3 +51,12 @@ def test_an_sme_of_shuffled_frames_sees_no_order():
     order = estimate(RESULTS, 'shuffled_sme', direction)
     assert order.low - .02 < .5 < order.high + .02
     assert max(right(found) for found in runs_of(RESULTS, 'shuffled_sme').values()) < LEVELS.frames
+
+
+def test_what_the_page_says_of_the_map_and_of_gates():
+    assert difference_of(RESULTS, 'sme', 'mapless').verdict == 'holds'
+    assert difference_of(RESULTS, 'sme', 'tim').verdict == 'undecided'
+    gates = json.loads((Path(__file__).parents[3] / 'benchmarks/results/motion-gates-cpu.json').read_text())
+    for network in gates['networks']:
+        for layer in network['layers'][:2]:
+            assert layer['gates'] < layer['pooled'] / 2 < layer['place'] / 3
