@@ -15,18 +15,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import positive, result_file
-from benchmarks.motion.rows import GROUPS, ROWS
+from benchmarks.motion.rows import GROUPS, MAIN, ROWS
 from benchmarks.motion.size import SIZES
 from benchmarks.motion.study import study
 from benchmarks.motion.tasks import TASKS
 
 SEEDS = 5  # of the main rows on the task movers
-MAIN = {*GROUPS['table4'], *GROUPS['table6']}
 
 
-def _rows(groups: Sequence[str] | None, task: str) -> list[str]:
-    chosen = groups or (list(GROUPS) if task == 'movers' else ['table4', 'table6'])
-    return list(dict.fromkeys(row for group in chosen for row in GROUPS[group]))
+def _rows(groups: Sequence[str] | None, task: str) -> Sequence[str]:
+    if not groups and task != 'movers':
+        return MAIN
+    return list(dict.fromkeys(row for group in groups or GROUPS for row in GROUPS[group]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

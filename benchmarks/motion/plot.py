@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.motion.movers import SWEEPS
-from benchmarks.motion.results import after, difference_of, estimate, paired, runs_of, swept
+from benchmarks.motion.results import after, difference_of, estimate, runs_of, swept
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.statistics import Estimate
-from benchmarks.motion.tables import CURVED
+from benchmarks.motion.tables import curved
 from benchmarks.plots import write
 
 __all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs']
@@ -27,8 +27,8 @@ _AXES = {'clips': 'training clips', 'step': 'step: pixels in an eighth of a clip
 
 def curves(results: _Results) -> dict[str, dict[str, _Curve]]:
     """Right answers by training clips and by each knob, for each row that was measured."""
-    results = paired(results, [row for row in CURVED if runs_of(results, row)])  # as in the tables
-    rows = [row for row in CURVES if runs_of(results, row)]
+    measured, results = curved(results)
+    rows = [row for row in CURVES if row in measured]
     if not results['runs']:
         return {}
     found: dict[str, dict[str, _Curve]] = {name: {} for name in _AXES}

@@ -16,7 +16,7 @@ from cmr_layers import CME, TIM, CMRBlock, CMRResNet, freeze, retrofit
 from cmr_layers.clip_model import ClipModel
 from cmr_layers.released import CMRBlock as ReleasedBlock
 
-__all__ = ['BASES', 'GROUPS', 'IMAGE_NETWORKS', 'ROWS', 'Row', 'build', 'image_network', 'load_image_weights']
+__all__ = ['BASES', 'GROUPS', 'IMAGE_NETWORKS', 'MAIN', 'ROWS', 'Row', 'build', 'image_network', 'load_image_weights']
 
 Shape = Mapping[str, Any]  # arguments of timm's ResNet that make it thin
 
@@ -140,6 +140,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
     'faults': ('tim', 'cme', 'broken_cme', 'shuffled_cme', 'plain', 'only_sme', 'broken_sme', 'shuffled_sme'),
 }
+#: The rows of Tables 4 and 6.
+MAIN = tuple(dict.fromkeys((*GROUPS['table4'], *GROUPS['table6'])))
 #: What differences are taken to where it is in the table, and is not its first row.
 BASES: dict[str, str] = {
     'all_16': 'tim_16', 'pool_first': 'released', 'shuffled_cme': 'cme', 'only_sme': 'plain', 'broken_sme': 'plain',

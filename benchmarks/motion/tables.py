@@ -20,11 +20,12 @@ from benchmarks.motion.results import (
     runs_of,
     swept,
 )
-from benchmarks.motion.rows import BASES, GROUPS, ROWS
+from benchmarks.motion.rows import BASES, GROUPS, MAIN, ROWS
 from benchmarks.motion.statistics import Estimate, mean
 from benchmarks.motion.tasks import TASKS
 
-__all__ = ['SECTIONS', 'claims', 'render_claims', 'render_gates', 'render_group', 'render_method', 'render_search']
+__all__ = [
+    'SECTIONS', 'claims', 'curved', 'render_claims', 'render_gates', 'render_group', 'render_method', 'render_search']
 
 _Results = dict[str, Any]
 CURVED = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all', 'mem', 'pem')
@@ -106,10 +107,15 @@ def render_claims(results: _Results) -> str:
     return table(['paper', 'claim', 'paper, points', 'here, points', ''], lines)
 
 
+def curved(results: _Results) -> tuple[list[str], _Results]:
+    """The rows that curves are drawn of, as far as they were measured, and the results of their common seeds."""
+    rows = [row for row in CURVED if _has(results, row)]
+    return rows, paired(results, rows)
+
+
 def _shares(results: _Results, head: str, measures: dict[str, Measure]) -> str:
     """Right answers of the rows of Tables 4 and 6 by something, without intervals."""
-    rows = [row for row in CURVED if _has(results, row)]
-    results = paired(results, rows)
+    rows, results = curved(results)
     if not results['runs']:
         return _NO_SEED
     lines = [[ROWS[row].label, *(f'{100 * found.mean:.1f}' if found else '' for found in (
@@ -145,8 +151,7 @@ def render_sweep_gains(results: _Results) -> str:
 
 def render_curve(results: _Results) -> str:
     """Right answers by the number of training clips."""
-    rows = [row for row in CURVED if _has(results, row)]
-    results = paired(results, rows)
+    rows, results = curved(results)
     if not results['runs']:
         return _NO_SEED
     seen = [point[0] for point in next(iter(runs_of(results, rows[0]).values()))['curve']]
@@ -193,7 +198,7 @@ def _area(name: str, which: int) -> Measure:
 
 def render_real(results: _Results, task: str) -> str:
     """The rows of Tables 4 and 6 on another task."""
-    rows = [row for row in dict.fromkeys((*GROUPS['table4'], *GROUPS['table6'])) if _has(results, row, task)]
+    rows = [row for row in MAIN if _has(results, row, task)]
     if 'tim' not in rows:
         return (f'not measured yet: `python -m benchmarks.motion --tasks {task} '
                 f'--out benchmarks/results/motion-cpu.json`')
