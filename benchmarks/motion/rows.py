@@ -110,11 +110,6 @@ ROWS: dict[str, Row] = {
     'frozen_tim': Row('TIM, image network frozen', _cmr(), frozen=True),
     'frozen_all': Row('TIM + CME&SME, image network frozen', _cmr(**_ALL), frozen=True),
     'frozen_identity': Row('the same, image network frozen', _identity_start, frozen=True),
-    # more clips
-    'tim_long': Row('TIM, 3 times the clips', _cmr(), longer=3),
-    'cme_long': Row('TIM + CME, 3 times the clips', _cmr(cme='all'), longer=3),
-    'sme_long': Row('TIM + SME, 3 times the clips', _cmr(sme='first'), longer=3),
-    'all_long': Row('TIM + CME&SME, 3 times the clips', _cmr(**_ALL), longer=3),
     # faults, which the study has to notice
     'broken_cme': Row('CME hands on its input', _cmr(cme='all', block=_block(cme_layer=variants.BrokenCME))),
     'broken_sme': Row('SME hands on its input', _cmr(
@@ -123,6 +118,9 @@ ROWS: dict[str, Row] = {
     'shuffled_sme': Row('SME of shuffled frames', _cmr(
         sme='first', tim='none', block=_block(sme_layer=variants.ShuffledSME))),
 }
+
+ROWS.update({f'{name}_long': ROWS[name]._replace(label=f'{ROWS[name].label}, 3 times the clips', longer=3)
+             for name in ('tim', 'cme', 'sme', 'all', 'gsm', 'tea', 'identity', 'tim_16', 'all_16')})
 
 #: Rows by table; the first is what differences are taken to, but for :data:`BASES`.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -134,7 +132,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'peers': ('tim', 'tsm', 'mem', 'stm', 'tdrl', 'tea', 'gsm', 'released', 'all'),
     'mapless': ('tim', 'mapless', 'sme'),
     'longer': ('tim_long', 'cme_long', 'sme_long', 'all_long'),
+    'late': ('tim_long', 'gsm_long', 'tea_long', 'identity_long'),  # begin without an exchange between frames
     'frames': ('tim', 'tim_16', 'all', 'all_16'),
+    'frames_longer': ('tim_long', 'tim_16_long', 'all_16_long'),
     'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
                   'identity'),
     'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
@@ -144,9 +144,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 MAIN = tuple(dict.fromkeys((*GROUPS['table4'], *GROUPS['table6'])))
 #: What differences are taken to where it is in the table, and is not its first row.
 BASES: dict[str, str] = {
-    'all_16': 'tim_16', 'pool_first': 'released', 'shuffled_cme': 'cme', 'only_sme': 'plain', 'broken_sme': 'plain',
-    'shuffled_sme': 'only_sme', 'frozen_tim': 'tim', 'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all',
-    'identity': 'all', 'sme': 'mapless'}
+    'all_16': 'tim_16', 'all_16_long': 'tim_16_long', 'pool_first': 'released', 'shuffled_cme': 'cme',
+    'only_sme': 'plain', 'broken_sme': 'plain', 'shuffled_sme': 'only_sme', 'frozen_tim': 'tim',
+    'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all', 'identity': 'all', 'sme': 'mapless'}
 
 
 def image_network(kind: str, num_classes: int, shape: Shape) -> nn.Module:
