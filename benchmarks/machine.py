@@ -14,7 +14,9 @@ import torch
 
 from cmr_layers.version import __version__
 
-__all__ = ['COMMAND', 'describe', 'launcher', 'positive', 'read_json', 'result_file', 'write']
+__all__ = [
+    'COMMAND', 'describe', 'launcher', 'not_negative', 'output_file', 'positive', 'read_json', 'result_file',
+    'results_at', 'write']
 
 COMMAND = 'CMR_LAYERS_BENCHMARK_COMMAND'  # the command that made others start; it is the one to repeat
 # What takes the place of a GPU in a rehearsal: the path of the program that stages it. Nothing else knows of it.
@@ -35,18 +37,45 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    """A result file, whole or not at all."""
+def write(path: Path, results: dict[str, Any], lines: str | None = None) -> None:
+    """A result file, whole or not at all. The list of the key ``lines`` comes last, each of its entries on a line."""
+    text = json.dumps({key: value for key, value in results.items() if key != lines}, indent=1)
+    if lines:
+        entries = ',\n  '.join(map(json.dumps, results[lines]))
+        text = f'{text[:-2]},\n "{lines}": [\n  {entries}\n ]\n}}'
     part = path.with_suffix('.part')
-    part.write_text(json.dumps(results, indent=1) + '\n')
+    part.write_text(f'{text}\n')
     os.replace(part, path)
 
 
-def result_file(text: str) -> Path:
+def results_at(path: Path, *keys: str) -> dict[str, Any] | None:
+    """A result file that has these keys; None if there is no file.
+
+    Raises:
+        ValueError: Another file is there.
+    """
+    found = read_json(path)
+    if path.exists() and (found is None or not found.keys() >= set(keys)):
+        raise ValueError(f'--out must be a new file or one that this command has written, with {" and ".join(keys)}, '
+                         f'got {str(path)!r}, which has {sorted(found) if found else "no JSON object"}')
+    return found
+
+
+def output_file(text: str) -> Path:
     """An argument of argparse's: a file that can be written, which is better known before measuring than after."""
     path = Path(text)
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f'there is no folder {str(path.parent)!r}')
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f'must be a file, got the folder {text!r}')
+    return path
+
+
+def result_file(text: str) -> Path:
+    """The same for results: what is there and is none of them is not overwritten."""
+    path = output_file(text)
+    if path.is_file() and read_json(path) is None:
+        raise argparse.ArgumentTypeError(f'must be a new file or a result file, got {text!r}, which is neither')
     return path
 
 
@@ -54,6 +83,13 @@ def positive(text: str) -> int:
     """An argument of argparse's: a positive int."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'must be a positive int, got {text!r}')
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """An argument of argparse's: an int of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be an int of 0 or more, got {text!r}')
     return int(text)
 
 

@@ -59,6 +59,7 @@ def insert(
     - ``'identity'``: what it did, bit for bit for SME, for TIM, and for ``[CME, TIM]`` at one place, where gates of
       exactly 1/2 meet a tap of 2. A CME alone starts with its gates at 0.98, and the network computes nearly the same.
       In float16, where the reference computes ``[CME, TIM]``, numbers below 2 ** -13 lose up to their last digit.
+    - ``'shift'``: likewise, but TIM starts as TSM's shift: 2/8 of the channels come from the neighbouring frames.
 
     Args:
         model: The network.
@@ -71,7 +72,7 @@ def insert(
         where: 'before' or 'after' the module.
         num_frames: Frames T of a clip.
         example_input: Input (1, C, H, W) to find the channels with. None: a zero image of the network's own size.
-        start: 'paper' or 'identity', see above.
+        start: 'paper', 'identity' or 'shift', see above.
         input_fmt: Format at all these modules: 'NCHW', 'NHWC' or 'NLC'. None: it is found out.
         num_prefix_tokens: Tokens before the patches at all these modules. None: it is found out.
         **layer_kwargs: Arguments of the layers, such as ``reduction=4``. Of several layers, those that know it get it.

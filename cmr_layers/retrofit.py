@@ -65,6 +65,9 @@ def retrofit(
       starts as the identity. A gate in (0, 1) can't, so every gate of CME starts at exactly 1/2, and TIM starts with
       the single tap 2. Their product is exact. A CME without a TIM starts with its gates at 0.98: the residual branch
       gets 0.98 x, and the network computes nearly the same as before.
+    - ``'shift'``: likewise, but TIM starts as TSM's shift: 2/8 of the channels come from the neighbouring frames, the
+      others are the same as before. What the network predicts changes somewhat; from there it learned sooner than from
+      the identity wherever we trained both (docs/training.md, docs/motion.md).
     - ``'paper'``: the layers start as they do alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
       and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2. One in eval mode does not, so
       train before you look at predictions.
@@ -76,7 +79,7 @@ def retrofit(
         tim: Blocks that take a TIM, likewise.
         sme: Blocks that take an SME, likewise.
         reduction: CME's reduction, r1 = r2 or (r1, r2).
-        start: 'identity' or 'paper', see above.
+        start: 'identity', 'shift' or 'paper', see above.
         example_input: Input to find the channels with. None: a zero image (1, C, 64, 64) for the first convolution, or
             one of the size that the network declares, 224x224 by default, if it does not run on the small one.
         stages: Names, or patterns such as ``'stages.*'``, of the modules that are stages, in their order. None: the

@@ -119,7 +119,7 @@ def test_blocks_without_a_place_are_named():
 @pytest.mark.parametrize('kwargs, message', [
     ({'freeze': 'all'}, "^freeze must be one of 'none', 'backbone', got 'all'$"),
     ({'num_frames': 0}, '^num_frames must be a positive int, got 0$'),
-    ({'start': 'tsm'}, "^start must be one of 'identity', 'paper', got 'tsm'$"),
+    ({'start': 'tsm'}, "^start must be one of 'identity', 'shift', 'paper', got 'tsm'$"),
     ({'sme': 'last'}, "^sme must be one of 'all', 'first', 'none', got 'last'$"),
     ({'cme': 'none', 'tim': 'none', 'sme': 'none'}, '^nothing to insert'),
     ({'freeze': 'backbone', 'head': 'no_such'}, 'no_such'),

@@ -164,7 +164,7 @@ def test_hooks_of_others_stay():
 
 # The family
 
-@pytest.mark.parametrize('start', ['identity', 'paper'])
+@pytest.mark.parametrize('start', ['identity', 'shift', 'paper'])
 @pytest.mark.parametrize('name', ['resnet18', 'resnet50'])
 def test_it_is_its_cousin_in_the_family(name, start):
     model = image_net(name)
@@ -639,7 +639,7 @@ def test_error_a_block_that_does_not_hand_its_input_to_conv1():
 @pytest.mark.parametrize('kwargs, message', [
     ({'num_frames': 0}, 'num_frames must be a positive int, got 0'),
     ({'num_frames': True}, 'num_frames must be a positive int, got True'),
-    ({'start': 'papers'}, "start must be one of 'identity', 'paper', got 'papers'"),
+    ({'start': 'papers'}, "start must be one of 'identity', 'shift', 'paper', got 'papers'"),
     *(({layer: 'last'}, f"{layer} must be one of 'all', 'first', 'none', got 'last'") for layer in ('cme', 'tim',
         'sme')),
     ({'reduction': 0}, 'reduction must be a positive int, got 0'),

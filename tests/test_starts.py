@@ -3,6 +3,7 @@
 The expectations are written out here and share nothing with the package. Statistics have tolerances of six standard
 errors or 3 %, so a factor of 1.1 is caught in all but the smallest tensors, and one of 1.3 in those, too.
 """
+import copy
 import math
 
 import pytest
@@ -10,7 +11,8 @@ import timm
 import torch
 from torch import nn
 
-from cmr_layers import CME, SME, TIM, CMRBasicBlock, CMRBlock, insert, released, retrofit
+from cmr_layers import CME, SME, TIM, CMRBasicBlock, CMRBlock, adapt, insert, released, retrofit
+from cmr_layers.starts import start_of
 
 FAMILY = [
     'resnet18', 'resnet18d', 'resnet26', 'resnet26d', 'resnet34', 'resnet34d', 'resnet50', 'resnet50d', 'resnet101',
@@ -209,3 +211,39 @@ def test_layers_put_into_a_network(how):
     assert [wrong_starts(nn.Sequential(m)) for m in layers] == [[]] * len(layers)
     model.init_weights(False)
     assert [wrong_starts(nn.Sequential(m)) for m in layers] == [[]] * len(layers)
+
+
+def shifted(x, num_frames):
+    """TSM's shift of (N, C, H, W): an eighth of the channels from the next frame, an eighth from the one before."""
+    clips, eighth = x.unflatten(0, (-1, num_frames)), x.shape[1] // 8
+    y = clips.clone()
+    y[:, :-1, :eighth], y[:, -1, :eighth] = clips[:, 1:, :eighth], 0
+    y[:, 1:, eighth:2 * eighth], y[:, 0, eighth:2 * eighth] = clips[:, :-1, eighth:2 * eighth], 0
+    return y.flatten(0, 1)
+
+
+@pytest.mark.parametrize('kinds', [(CME, TIM), (TIM,)])
+@pytest.mark.parametrize('how', ['retrofit', 'adapt', 'insert'])
+def test_the_start_as_a_shift_is_tsm_and_nothing_else(how, kinds):
+    """Gates of exactly 1/2 and taps of 2 cancel, so the rest of the features is what the image network expects."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18', num_classes=5, zero_init_last=False).eval()
+    plain, want = copy.deepcopy(model), copy.deepcopy(model)
+    for name, module in want.named_modules():
+        if name.startswith('layer') and name.endswith('conv1'):
+            module.register_forward_pre_hook(lambda _, args: shifted(args[0], 4))
+    if how == 'insert':
+        insert(model, list(kinds), at='layer*.*.conv1', where='before', num_frames=4, start='shift')
+    else:
+        call = retrofit if how == 'retrofit' else adapt
+        call(model, num_frames=4, cme='all' if CME in kinds else 'none', sme='all', start='shift')
+    assert sum(isinstance(m, TIM) for m in model.modules()) == 8
+    x = torch.randn(8, 3, 64, 64)
+    with torch.no_grad():
+        assert not torch.allclose(plain(x), want(x))
+        assert torch.equal(model(x), want(x))
+
+
+def test_a_start_is_known_for_the_packages_layers_only():
+    with pytest.raises(ValueError, match=r"^start='shift' is for CME, SME and TIM, got 'Conv2d'$"):
+        start_of('shift', [nn.Conv2d])

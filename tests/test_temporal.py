@@ -131,7 +131,7 @@ def test_error_extra_and_state():
 # Files, and merging back
 
 @pytest.mark.parametrize('norms', [False, True])
-@pytest.mark.parametrize('start', ['identity', 'paper'])
+@pytest.mark.parametrize('start', ['identity', 'shift', 'paper'])
 def test_merged_back_into_a_fresh_network_bit_for_bit(tmp_path, start, norms):
     model, file = built(start=start), tmp_path / 'layers.safetensors'
     untrained = copy.deepcopy(model).eval()

@@ -24,7 +24,7 @@ from benchmarks.coverage.others import PACKAGES, installed, networks
 from benchmarks.coverage.summary import summary
 from benchmarks.coverage.timm_names import build, families, sizes, structure
 from benchmarks.coverage.values import check_values
-from benchmarks.machine import describe, positive, result_file, write
+from benchmarks.machine import describe, output_file, positive, result_file, write
 
 _Line = dict[str, Any]
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument('--names', nargs='+', default=['*'], metavar='PATTERN', help='names of networks, with * and ?')
     parser.add_argument('--only', choices=['timm', *PACKAGES], help='the networks of one package')
     parser.add_argument('--device', choices=['meta', 'cpu'], help='timm without values, or all packages with values')
-    parser.add_argument('--journal', type=result_file, default=Path('coverage.jsonl'), help='what was found so far')
+    parser.add_argument('--journal', type=output_file, default=Path('coverage.jsonl'), help='what was found so far')
     parser.add_argument('--seconds', type=positive, default=300, help='the most for one network')
     parser.add_argument('--out', type=result_file, help='write the result there, as JSON')
     args = parser.parse_args()

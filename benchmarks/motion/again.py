@@ -1,7 +1,7 @@
 """Do runs of a result file again and compare: all numbers have to be the same, but for times.
 
     python -m benchmarks.motion.again --out benchmarks/results/motion-cpu.json --rows tim all
-    python -m benchmarks.motion.again --out benchmarks/results/motion-cpu.json --maps    # write Figure 5's numbers anew
+    python -m benchmarks.motion.again --out benchmarks/results/motion-cpu.json --maps    # add numbers for Figure 5
 
 On another processor or version of PyTorch sums are rounded otherwise, and training amplifies that.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import read_json
+from benchmarks.machine import not_negative, results_at
 from benchmarks.motion.maps import localisation
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.run import run, trained
@@ -22,9 +22,10 @@ from benchmarks.motion.size import SIZES
 from benchmarks.motion.study import save
 from benchmarks.motion.tasks import TASKS
 
-__all__ = ['differences', 'main']
+__all__ = ['add_maps', 'differences', 'main']
 
 TIMES = {'seconds', 'machine', 'date', 'torch'}
+TOLERANCE = .001  # of a map's number, for other machines
 
 
 def differences(found: dict[str, Any], size: str, folder: Path) -> list[str]:
@@ -33,31 +34,49 @@ def differences(found: dict[str, Any], size: str, folder: Path) -> list[str]:
     return [name for name in found if name not in TIMES and again.get(name) != found[name]]
 
 
+def add_maps(found: dict[str, Any], size: str, folder: Path) -> None:
+    """Add the maps that a run has none of. Those that it has show whether the network is the run's."""
+    if 'maps' in found:
+        made = localisation(trained(folder, found['row'], found['seed'], SIZES[size]), found['seed'], SIZES[size])
+        for name in made.keys() & found['maps'].keys():
+            if max(abs(one - other) for one, other in zip(made[name], found['maps'][name])) > TOLERANCE:
+                raise ValueError(f'--folder must have the networks of the runs, got {str(folder)!r}, whose row '
+                                 f'{found["row"]} of seed {found["seed"]} has {made[name]} for {name} where its run '
+                                 f'has {found["maps"][name]}')
+        found['maps'] = {**made, **found['maps']}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='result file')
-    parser.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='ROW', default=['tim', 'all'])
-    parser.add_argument('--seed', type=int, default=0, help='default: %(default)s')
-    parser.add_argument('--maps', action='store_true', help='of networks that are still in --folder')
+    parser.add_argument('--rows', nargs='+', choices=list(ROWS), metavar='ROW', default=['tim', 'all'],
+                        help='default: tim all')
+    parser.add_argument('--seed', type=not_negative, default=0, help='default: %(default)s')
+    parser.add_argument('--maps', action='store_true',
+                        help='run nothing; add the maps that runs have none of, by their networks in --folder')
     parser.add_argument('--folder', type=Path, help='of the study; by default, motion-study-SIZE')
     args = parser.parse_args(argv)
-    results = read_json(args.out)
+    try:
+        results = results_at(args.out, 'settings', 'runs')
+    except ValueError as error:
+        parser.error(f'argument {error}')
     if results is None:
         parser.error(f'argument --out: must be a result file, got {str(args.out)!r}')
     torch.set_num_threads(1)
     size = results['size']
-    if args.maps:
-        for found in results['runs']:
-            if 'maps' in found:
-                model = trained(args.folder or Path(f'motion-study-{size}'), found['row'], found['seed'], SIZES[size])
-                found['maps'] = localisation(model, found['seed'], SIZES[size])
-        save(args.out, results)
-        return 0
     chosen = [found for found in results['runs'] if found['row'] in args.rows and found['seed'] == args.seed]
     missing = set(args.rows) - {found['row'] for found in chosen}
     if missing:
         parser.error(f'argument --rows: must be rows that --out has with seed {args.seed}, got {sorted(missing)}')
+    if args.maps:
+        try:
+            for found in chosen:
+                add_maps(found, size, args.folder or Path(f'motion-study-{size}'))
+        except ValueError as error:
+            parser.error(f'argument {error}')
+        save(args.out, results)
+        return 0
     wrong = 0
     for found in chosen:
         with tempfile.TemporaryDirectory() as folder:

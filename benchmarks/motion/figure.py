@@ -15,13 +15,13 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.machine import result_file
+from benchmarks.machine import not_negative, output_file
 from benchmarks.motion.fit import normalise
 from benchmarks.motion.maps import moving
 from benchmarks.motion.movers import MOVERS
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.run import trained
-from benchmarks.motion.size import SIZES
+from benchmarks.motion.size import SIZES, add_size
 from cmr_layers.video import ClipTransform, read_clip
 from cmr_layers.visualize import figure5, motion_maps
 
@@ -52,18 +52,20 @@ def real_clip(num_frames: int) -> tuple[Tensor, Sequence[float]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=result_file, required=True, help='picture')
-    parser.add_argument('--folder', type=Path, default=Path('motion-study-cpu'))
-    parser.add_argument('--row', choices=list(ROWS), default='all')
-    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', type=output_file, required=True, help='picture')
+    parser.add_argument('--folder', type=Path, help='of the study; by default, motion-study-SIZE')
+    add_size(parser)
+    parser.add_argument('--row', choices=list(ROWS), default='all', help='default: %(default)s')
+    parser.add_argument('--seed', type=not_negative, default=0, help='default: %(default)s')
     args = parser.parse_args(argv)
     try:
-        model = trained(args.folder, args.row, args.seed, SIZES['cpu'])
+        size = SIZES[args.size]
+        model = trained(args.folder or Path(f'motion-study-{args.size}'), args.row, args.seed, size).cpu()
         frames, times = real_clip(ROWS[args.row].num_frames)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         print(f'figure: {error}', file=sys.stderr)
         return 1
-    made = moving(1, SIZES['cpu'].side)
+    made = moving(1, size.side)
     label = MOVERS.classes[int(made.labels[0])]
     pictures = [
         draw(model, made.clips[0], f'A clip of the task: the bar, "{label}"', ''),

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe, positive, result_file, write
+from benchmarks.machine import describe, positive, result_file, results_at, write
 from benchmarks.motion.rows import IMAGE_NETWORKS, ROWS, build, image_network
 from benchmarks.runtime.interval import interval
 from benchmarks.runtime.timing import interleave
@@ -23,7 +23,8 @@ __all__ = ['main', 'measure']
 SHAPE = dict(layers=(3, 4, 6, 3))
 BASE = 'tim'
 NETWORKS = [name for name, row in ROWS.items()
-            if row.longer == 1 and not row.frozen and not name.startswith(('broken_', 'shuffled_'))]
+            if row.longer == 1 and not row.frozen and row.image != 'untrained'
+            and not name.startswith(('broken_', 'shuffled_'))]
 
 
 def measure(rows: Sequence[str], rounds: int, size: int, shape: dict[str, Any], device: str) -> dict[str, Any]:
@@ -48,15 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=result_file, required=True, help='JSON file')
     parser.add_argument('--device', choices=['cpu', 'cuda'], default='cpu', help='default: %(default)s')
     parser.add_argument('--rounds', type=positive, default=15, help='samples of each row; default: %(default)s')
-    parser.add_argument('--size', type=positive, default=224, help='pixels; default: %(default)s')
+    parser.add_argument('--pixels', type=positive, default=224, help='side of a frame; default: %(default)s')
     parser.add_argument('--rows', nargs='+', choices=list(ROWS), default=NETWORKS, metavar='ROW',
                         help='default: all but those that are another row, trained otherwise')
     args = parser.parse_args(argv)
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error("argument --device: must be 'cpu' where PyTorch finds no GPU, got 'cuda'")
-    rows = measure(args.rows, args.rounds, args.size, SHAPE, args.device)
+    try:
+        results_at(args.out, 'rounds', 'rows')
+    except ValueError as error:
+        parser.error(f'argument {error}')
+    rows = measure(args.rows, args.rounds, args.pixels, SHAPE, args.device)
     write(args.out, {**describe(), 'device': args.device, 'threads': torch.get_num_threads(), 'rounds': args.rounds,
-                     'size': args.size, 'rows': rows})
+                     'size': args.pixels, 'rows': rows})
+    print(f'{len(rows)} rows: {args.out}')
     return 0
 
 

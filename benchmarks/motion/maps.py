@@ -1,7 +1,8 @@
 """Figure 5 with a number: how well do SME's map and CME's channels find the thing that moves?
 
 The map is the share of a place that SME's convolution gets, whatever is there: where features are small, a little noise
-turns them far. So the strength of what the convolution gets, the norm of x (1 - s), is looked at beside it.
+turns them far. So the strength of what the convolution gets, the norm of x (1 - s), is looked at beside it, and
+that of x alone, which knows of no other frame.
 
 The number is the area under the ROC curve: the probability that a pixel of the thing is brighter on the map than
 another pixel of the clip. 1/2 is chance.
@@ -73,7 +74,8 @@ def localisation(model: nn.Module, seed: int, size: Size) -> dict[str, list[floa
         change = F.pad((pixels[1:] - pixels[:-1]).abs(), (0, 0, 0, 0, 0, 1))
         grid = next(values.shape[1:] for values in (seen.motion, seen.top) if values is not None)
         maps: dict[str, Any] = {  # all of the same resolution
-            'sme': seen.motion, 'sme_term': inputs[0].norm(dim=1) * seen.motion if seen.motion is not None else None,
+            'sme': seen.motion, 'sme_input': inputs[0].norm(dim=1) if inputs else None,
+            'sme_term': inputs[0].norm(dim=1) * seen.motion if inputs and seen.motion is not None else None,
             'cme_top': seen.top, 'cme_bottom': seen.bottom,
             'difference': F.adaptive_avg_pool2d(change, (grid[0], grid[1]))}
         for name, values in maps.items():

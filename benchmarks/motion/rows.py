@@ -20,8 +20,8 @@ __all__ = ['BASES', 'GROUPS', 'IMAGE_NETWORKS', 'MAIN', 'ROWS', 'Row', 'build', 
 
 Shape = Mapping[str, Any]  # arguments of timm's ResNet that make it thin
 
-#: timm's name of the image network of each kind. 'deep' has more blocks.
-IMAGE_NETWORKS = {'resnet': 'resnet26', 'deep': 'resnet26', 'res2net': 'res2net50_26w_4s'}
+#: timm's name of the image network of each kind. 'deep' has more blocks, 'untrained' has learned nothing from images.
+IMAGE_NETWORKS = {'resnet': 'resnet26', 'deep': 'resnet26', 'res2net': 'res2net50_26w_4s', 'untrained': 'resnet26'}
 
 
 class Row(NamedTuple):
@@ -104,12 +104,14 @@ ROWS: dict[str, Row] = {
     'depthwise': Row('SME with a depthwise convolution', _cmr(
         **_ALL, block=_block(sme_layer=variants.DepthwiseSME))),
     'mapless': Row('TIM + SME without its map', _cmr(sme='first', block=_block(sme_layer=variants.MaplessSME))),
-    'even': Row("gates start at 1/2, TIM's shift at 2", _cmr(**_ALL, block=_block(
+    'even': Row("start='shift'", _cmr(**_ALL, block=_block(
         cme_layer=partial(CME, gate_init=.5), tim_layer=partial(TIM, gain=2.)))),
-    'identity': Row('the network starts as its image network', _identity_start),
+    'identity': Row("start='identity'", _identity_start),
     'frozen_tim': Row('TIM, image network frozen', _cmr(), frozen=True),
     'frozen_all': Row('TIM + CME&SME, image network frozen', _cmr(**_ALL), frozen=True),
-    'frozen_identity': Row('the same, image network frozen', _identity_start, frozen=True),
+    'frozen_identity': Row("start='identity', image network frozen", _identity_start, frozen=True),
+    'scratch_tim': Row('TIM, image network untrained', _cmr(), image='untrained'),
+    'scratch_all': Row('TIM + CME&SME, image network untrained', _cmr(**_ALL), image='untrained'),
     # faults, which the study has to notice
     'broken_cme': Row('CME hands on its input', _cmr(cme='all', block=_block(cme_layer=variants.BrokenCME))),
     'broken_sme': Row('SME hands on its input', _cmr(
@@ -138,6 +140,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
                   'identity'),
     'frozen': ('tim', 'all', 'identity', 'frozen_tim', 'frozen_all', 'frozen_identity'),
+    'scratch': ('tim', 'scratch_tim', 'all', 'scratch_all'),
     'faults': ('tim', 'cme', 'broken_cme', 'shuffled_cme', 'plain', 'only_sme', 'broken_sme', 'shuffled_sme'),
 }
 #: The rows of Tables 4 and 6.
@@ -146,7 +149,8 @@ MAIN = tuple(dict.fromkeys((*GROUPS['table4'], *GROUPS['table6'])))
 BASES: dict[str, str] = {
     'all_16': 'tim_16', 'all_16_long': 'tim_16_long', 'pool_first': 'released', 'shuffled_cme': 'cme',
     'only_sme': 'plain', 'broken_sme': 'plain', 'shuffled_sme': 'only_sme', 'frozen_tim': 'tim',
-    'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all', 'identity': 'all', 'sme': 'mapless'}
+    'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all', 'scratch_all': 'scratch_tim', 'identity': 'all',
+    'sme': 'mapless'}
 
 
 def image_network(kind: str, num_classes: int, shape: Shape) -> nn.Module:

@@ -3,6 +3,7 @@
 On one thread of a CPU it follows from its arguments to the last digit.
 """
 import hashlib
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ def shape_of(kind: str, size: Size) -> dict[str, Any]:
 
 
 def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[str, Tensor], float]:
-    """Weights of an image network that tells shapes in single frames, and how many of them; trained once, then read."""
+    """Weights of an image network and the share of shapes that it tells in single frames; trained once, then read."""
     settings = repr((shape_of(kind, size), size.side, size.stills))
     file = folder / f'{kind}-{seed}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}.pt'
     if not file.exists():
@@ -45,10 +46,11 @@ def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[
                 made = stills(size.stills.batch, (STILLS, seed, i), side=size.side, device=size.device)
                 yield made.clips, made.labels
 
-        fit(model, batches(), size.stills)
+        if kind != 'untrained':
+            fit(model, batches(), size.stills)
         test = stills(size.test, (STILLS_TEST,), 'val', size.side, device=size.device)
         clips, _, right = counts(confusion(model, test.clips, test.labels, len(SHAPES)), tuple(range(len(SHAPES))))
-        part = file.with_suffix('.part')
+        part = file.with_suffix(f'.{os.getpid()}.part')
         torch.save({'weights': model.cpu().state_dict(), 'right': right / clips}, part)
         part.replace(file)
     found: dict[str, Any] = torch.load(file, weights_only=True)
@@ -103,19 +105,36 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
         found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, seed, frames, size)] for value in values]
                            for knob, values in SWEEPS.items()}
         found['maps'] = localisation(model, seed, size)
-    part = folder / f'{task.name}-{name}-{seed}.part'
+    file = _network(folder, name, seed, task)
+    part = file.with_suffix(f'.{os.getpid()}.part')
     torch.save(model.cpu().state_dict(), part)
-    part.replace(part.with_suffix('.pt'))
+    part.replace(file)
     return found
 
 
 def trained(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> torch.nn.Module:
-    """The network that a run has left in its folder, in eval mode."""
-    weights = torch.load(folder / f'{task.name}-{name}-{seed}.pt', weights_only=True)
-    row = ROWS[name]
+    """The network that a run has left in its folder, in eval mode.
+
+    Raises:
+        ValueError: There is none, or it is of another size.
+    """
+    file, row = _network(folder, name, seed, task), ROWS[name]
+    if not file.exists():
+        raise ValueError(f'--folder must have the network that the study leaves of task {task.name}, row {name} and '
+                         f'seed {seed}, got {str(folder)!r}, which has no {file.name}')
     model = row.make(num_frames=row.num_frames, num_classes=len(task.classes), **shape_of(row.image, size))
+    weights = torch.load(file, weights_only=True)
+    shapes, wanted = (
+        {key: tuple(value.shape) for key, value in each.items()} for each in (weights, model.state_dict()))
+    if shapes != wanted:
+        raise ValueError(f'--folder must have networks of the size that --size says, got {str(folder)!r}, whose '
+                         f'{file.name} has {len(shapes.items() - wanted.items())} tensors of other shapes')
     model.load_state_dict(weights)
     return model.to(size.device).eval()
+
+
+def _network(folder: Path, name: str, seed: int, task: Task) -> Path:
+    return folder / f'{task.name}-{name}-{seed}.pt'
 
 
 def _sweep(model: torch.nn.Module, knob: str, value: float, seed: int, frames: int, size: Size) -> list[int]:

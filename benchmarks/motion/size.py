@@ -1,9 +1,12 @@
 """How large the study is: on a CPU's two cores, and on a GPU."""
+import argparse
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.motion.fit import Recipe
 
-__all__ = ['SIZES', 'Size']
+__all__ = ['SIZES', 'Size', 'add_size']
 
 
 class Size(NamedTuple):
@@ -51,3 +54,13 @@ SIZES: dict[str, Size] = {
         recipe=Recipe(updates=4, batch=4), stills=Recipe(updates=2, batch=8), test=24, curve=12, every=2, maps=2,
         device='cpu'),
 }
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The argument --size of all commands of the study."""
+    def here(text: str) -> str:
+        if text in SIZES and SIZES[text].device == 'cuda' and not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"must be 'cpu' or 'smoke' where PyTorch finds no GPU, got {text!r}")
+        return text
+
+    parser.add_argument('--size', type=here, choices=list(SIZES), default='cpu', help='how large; default: %(default)s')

@@ -18,17 +18,20 @@ class Estimate(NamedTuple):
     seeds: int
 
     def show(self, sign: bool = False) -> str:
-        """In percent, within 0 and 100, or in points with a sign."""
+        """In percent, within 0 and 100, or in points with a sign. Of two seeds, both values."""
         plus = '+' if sign else ''
         ends = (self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))
+        if self.seeds == 2:
+            half = (self.high - self.low) / 2 / _T[1]
+            ends = self.mean - half, self.mean + half
         mean, low, high = (f'{100 * value:{plus}.1f}' for value in (self.mean, *ends))
-        return f'{mean} ({low} to {high})' if self.seeds > 1 else mean
+        return {1: mean, 2: f'{mean} ({low}, {high})'}.get(self.seeds, f'{mean} ({low} to {high})')
 
     @property
     def verdict(self) -> str:
         """Of a difference that is claimed to be positive."""
-        if self.seeds == 1:
-            return 'one seed'
+        if self.seeds < 3:
+            return ['one seed', 'two seeds'][self.seeds - 1]
         return 'holds' if self.low > 0 else 'reversed' if self.high < 0 else 'undecided'
 
 

@@ -1,17 +1,14 @@
 """Which runs there are, side by side on a machine, and the file of their results."""
 import json
-import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.machine import describe, read_json
+from benchmarks.machine import describe, read_json, results_at, write
+from benchmarks.motion.processes import processes
+from benchmarks.motion.results import right
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.run import image_weights, run
 from benchmarks.motion.size import SIZES
@@ -20,19 +17,6 @@ from benchmarks.motion.tasks import TASKS
 __all__ = ['Key', 'save', 'study']
 
 Key = tuple[str, str, int]  # task, row, seed
-
-
-def start() -> None:
-    """Of a process: one thread each, so that a run's sums do not depend on what runs beside it."""
-    torch.set_num_threads(1)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)  # whoever waits for the result is gone
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _prepare(task: str, size: str) -> None:
@@ -73,12 +57,8 @@ def key_of(found: dict[str, Any]) -> Key:
 
 
 def save(path: Path, results: dict[str, Any]) -> None:
-    """The result file, whole or not at all; a line for each run."""
-    head = json.dumps({key: value for key, value in results.items() if key != 'runs'}, indent=1)
-    runs = ',\n  '.join(json.dumps(found) for found in sorted(results['runs'], key=key_of))
-    part = path.with_suffix('.part')
-    part.write_text(f'{head[:-2]},\n "runs": [\n  {runs}\n ]\n}}\n')
-    os.replace(part, path)
+    """The result file, a line for each run."""
+    write(path, {**results, 'runs': sorted(results['runs'], key=key_of)}, lines='runs')
 
 
 def _check(results: dict[str, Any], left: list[Key]) -> None:
@@ -136,15 +116,17 @@ def study(
         The runs that are left.
 
     Raises:
-        ValueError: ``out`` is of a study of another size, or has runs of one of the seeds that can't be compared with
-            those that are made here.
+        ValueError: ``out`` is no result file of a study, or one of another size, or has runs of one of the seeds that
+            can't be compared with those that are made here.
     """
     settings = json.loads(json.dumps(as_dict(SIZES[size])))
     now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
-    results = read_json(out) or now
-    if results.get('settings') != settings:
-        raise ValueError(f'--out {out} must be a new file or one of size {size!r} with the same settings, got '
-                         f'{results.get("size")!r} with {results.get("settings")}')
+    results = results_at(out, 'settings', 'runs') or now
+    if results['settings'] != settings:
+        other = {name: value for name, value in results['settings'].items() if value != settings.get(name)}
+        wanted = {name: settings[name] for name in other if name in settings}
+        raise ValueError(f'--out must be a new file or one of size {size!r}, with {wanted}, got {str(out)!r}, which is '
+                         f'of size {results["size"]!r}, with {other}')
     done = {key_of(found) for found in results['runs']}
     left = [key for key in dict.fromkeys(keys) if key not in done]
     _check(results, left)
@@ -153,8 +135,8 @@ def study(
     folder.mkdir(parents=True, exist_ok=True)
     begin, longest = time.monotonic(), max((found['seconds'] for found in results['runs']), default=0.)
     running: dict[Future[dict[str, Any]], tuple[Key, float]] = {}
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), start)
-    try:
+    print(f'{len(left)} runs, {jobs} side by side; what they share comes first', flush=True)
+    with processes(jobs) as pool:
         # what several runs share is there before them
         for ended in [pool.submit(_prepare, task, size) for task in dict.fromkeys(key[0] for key in left)]:
             ended.result()
@@ -169,11 +151,10 @@ def study(
                 break
             for over in wait(running, return_when=FIRST_COMPLETED).done:
                 key, since = running.pop(over)
-                _append(results, over.result())
+                made = over.result()
+                _append(results, made)
                 longest = max(longest, time.monotonic() - since)
                 _merge(results, read_json(out))  # another command may have written there
                 save(out, results)
-                print(*key, f'{time.monotonic() - since:.0f} s', flush=True)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+                print(*key, f'{right(made):.1%} right, {time.monotonic() - since:.0f} s', flush=True)
     return left

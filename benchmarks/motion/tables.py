@@ -1,5 +1,5 @@
 """The tables of docs/motion.md."""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -40,6 +40,14 @@ def _show(found: Estimate | None, sign: bool = False) -> str:
     return found.show(sign) if found else ''
 
 
+def _seeds(seeds: Iterable[int]) -> str:
+    """Numbers of seeds: what is beside each other in a table is only of the same ones."""
+    found = sorted(seeds)
+    if len(found) > 2 and found[-1] - found[0] == len(found) - 1:
+        return f'{found[0]} to {found[-1]}'
+    return ', '.join(map(str, found))
+
+
 def _has(results: _Results, row: str, task: str = 'movers') -> bool:
     return bool(runs_of(results, row, task))
 
@@ -75,7 +83,7 @@ def _line(results: _Results, row: str, base: str, task: str) -> list[str]:
     runs = runs_of(results, row, task)
     compared = ['', ''] if row == base else [
         _show(difference_of(results, row, base, right, task), True), ROWS[base].label]
-    return [ROWS[row].label, str(len(runs)), _show(estimate(results, row, right, task)), *compared,
+    return [ROWS[row].label, _seeds(runs), _show(estimate(results, row, right, task)), *compared,
             _show(estimate(results, row, group, task)), _show(estimate(results, row, direction, task)),
             f'{next(iter(runs.values()))["parameters"] / 1000:.0f}']
 
@@ -167,7 +175,7 @@ def render_order(results: _Results, task: str) -> str:
     for row in rows if results['runs'] else ():
         curves = [found['curve'] for found in runs_of(results, row, task).values()]
         seen = [f'{points[0][0]:,}' for points in zip(*curves)]
-        lines.append([ROWS[row].label, f'{len(curves)}', *(
+        lines.append([ROWS[row].label, _seeds(runs_of(results, row, task)), *(
             f'{100 * mean([p[2] / p[1] for p in points]).mean:.0f}, '
             f'{100 * mean([p[3] / max(p[2], 1) for p in points]).mean:.0f}' for points in zip(*curves))])
     head = ['which motion, %, and its order, %, after training clips', 'seeds', *seen]
@@ -175,7 +183,7 @@ def render_order(results: _Results, task: str) -> str:
 
 
 _MAPS = {'difference': "difference of the frames' pixels", 'sme': "SME's map, 1 - s",
-         'sme_term': "what SME's convolution gets, the norm of x (1 - s)",
+         'sme_input': 'what SME gets, the norm of x', 'sme_term': "what SME's convolution gets, the norm of x (1 - s)",
          'cme_top': "CME's ten most opened channels", 'cme_bottom': "CME's ten least opened channels"}
 
 
@@ -185,15 +193,12 @@ def render_maps(results: _Results) -> str:
     for row in ('only_sme', 'only_cme', 'cme_sme', 'sme', 'cme', 'all'):
         runs = {seed: found for seed, found in runs_of(results, row).items() if found.get('maps')}
         for name, what in _MAPS.items():
-            if runs and name in next(iter(runs.values()))['maps'] and (name != 'difference' or row == 'all'):
+            having = {seed: found for seed, found in runs.items() if name in found['maps']}
+            if having and (name != 'difference' or row == 'all'):
                 lines.append([
-                    '' if name == 'difference' else ROWS[row].label, what, f'{len(runs)}',
-                    *(_show(estimate(results, row, _area(name, i))) for i in (0, 1))])
-    return table(['', 'map', 'seeds', 'finds the bar, % (chance 50)', 'finds all things, %'], lines)
-
-
-def _area(name: str, which: int) -> Measure:
-    return lambda found: found['maps'][name][which]
+                    '' if name == 'difference' else ROWS[row].label, what, _seeds(having),
+                    *(_show(mean([found['maps'][name][i] for found in having.values()])) for i in (0, 1))])
+    return table(['', 'map', 'seeds', 'finds the bar, % (chance 50)', 'finds all things, % (chance 50)'], lines)
 
 
 def render_real(results: _Results, task: str) -> str:
@@ -217,32 +222,32 @@ def render_method(results: _Results) -> str:
     """How it was measured."""
     settings = results['settings']
     recipe, stills = settings['recipe'], settings['stills']
-    runs = [found for found in results['runs'] if found['task'] == 'movers']
-    images = [found['image'] for found in runs]
+    runs = results['runs']
+    images = [found['image'] for found in runs if ROWS[found['row']].image != 'untrained']
     hours = sum(found['seconds'] for found in runs) / 3600
     machines: dict[str, set[int]] = {}
     for found in runs:
         machines.setdefault(f'{found["machine"]}, torch {found["torch"]}', set()).add(found['seed'])
-    where = '; '.join(f'seeds {", ".join(map(str, sorted(seeds)))}: {name}' for name, seeds in machines.items())
+    where = '; '.join(f'seeds {_seeds(seeds)}: {name}' for name, seeds in machines.items())
     dates = sorted({found['date'] for found in runs})
-    commands = ', '.join(f'`{each}`' for each in results.get('commands', [results['command']]) if '--tasks' not in each)
+    commands = ', '.join(f'`{each}`' for each in results.get('commands', [results['command']]))
     return (
         f'Training: {recipe["updates"] * recipe["batch"]:,} clips, {recipe["batch"]} an update, none twice (three '
         f'times as many in the rows of more clips); AdamW, weight decay {recipe["weight_decay"]}, one cycle to a '
         f'learning rate of {recipe["lr"]:g}, for all rows. Before it, {stills["updates"] * stills["batch"]:,} single '
         f'frames whose label is the shape of the things ({min(images):.0%} to {max(images):.0%} right). Frames of '
         f'{settings["side"]}x{settings["side"]} pixels. Tests: {settings["test"]:,} clips of each seed, for curves '
-        f'{settings["curve"]}. {len(runs)} runs, {hours:.1f} hours of training on one core each, '
+        f'{settings["curve"]}. {len(runs)} runs of all tasks, {hours:.1f} hours of training on one core each, '
         f'{" to ".join(dict.fromkeys((dates[0], dates[-1])))}; {where}. Commands: {commands}.')
 
 
 def render_search(results: _Results) -> str:
-    """How batch and learning rate were chosen."""
+    """How the learning rate was chosen."""
     trials: dict[tuple[int, float], dict[int, float]] = {}
-    for found in results['runs']:
+    for found in results['trials']:
         _, clips, _, both = found['curve'][-1]
         trials.setdefault((found['batch'], found['lr']), {})[found['seed']] = both / clips
-    seeds = sorted({found['seed'] for found in results['runs']})
+    seeds = sorted({found['seed'] for found in results['trials']})
     head = ['clips of an update', 'largest learning rate', *(f'right, %, seed {seed}' for seed in seeds), 'mean']
     return table(head, [
         [f'{batch}', f'{rate:g}', *(f'{100 * shares[seed]:.1f}' for seed in seeds),
@@ -258,10 +263,12 @@ def render_gates(results: _Results) -> str:
     for row, networks in found.items():
         for i in range(len(networks[0]['layers'])):
             layers = [network['layers'][i] for network in networks]
-            lines.append([ROWS[row].label, f'{i + 1}', f'{len(layers)}', *(
-                _show(mean([layer[name] for layer in layers])) for name in ('place', 'pooled', 'gates'))])
-    return table(['', 'CME', 'seeds', 'features at a place, %', 'their means over the frame, %', 'gates, %'],
-                 lines)
+            seeds = _seeds(network['seed'] for network in networks)
+            lines.append([ROWS[row].label, f'{i + 1}', seeds, *(
+                _show(mean([layer[name] for layer in layers]))
+                for name in ('place', 'pooled', 'gates', 'pooled_decoded', 'gates_decoded'))])
+    return table(['', 'CME', 'seeds', 'features at a place, %', 'their means over the frame, %', 'gates, %',
+                  f'class from the means, % (chance {100 / results["classes"]:.1f})', 'class from the gates, %'], lines)
 
 
 SECTIONS: dict[str, Callable[[_Results], str]] = {

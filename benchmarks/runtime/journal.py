@@ -4,12 +4,12 @@ A kernel that hangs is killed with its process, one that writes where it must no
 may be the last one that a process can try. Nothing of that can be noted afterwards.
 """
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import write
 from benchmarks.runtime.candidate import Candidate
 
 __all__ = ['ATTEMPTS', 'Journal', 'fields']
@@ -65,12 +65,9 @@ class Journal:
     def _write(self) -> None:
         if self.path is None:
             return
-        text = json.dumps({
+        write(self.path, {
             'failed': [{**fields(c), 'missing': reason} for c, reason in self.failed.items()],
             'attempts': [{**fields(c), 'attempts': count} for c, count in self.attempts.items()]})
-        part = self.path.with_suffix('.part')
-        part.write_text(text)
-        os.replace(part, self.path)
 
 
 def fields(c: Candidate) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """Result files: units of entries, one for each pass of each study; written, read, gone on with."""
 import itertools
 import json
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, write
 from benchmarks.runtime import interval
 from benchmarks.runtime.candidate import Candidate, Setting
 from benchmarks.runtime.models import MODELS, Model
@@ -92,11 +91,8 @@ def resume(path: Path, head: dict[str, Any], plan: list[Study]) -> list[dict[str
 
 
 def save(path: Path, head: dict[str, Any], units: list[dict[str, Any]]) -> None:
-    """One line for each unit; whole or not at all."""
-    text = json.dumps(head, indent=1)[:-2] + ',\n "units": [\n' + ',\n'.join(map(json.dumps, units)) + '\n]\n}\n'
-    part = path.with_suffix('.part')
-    part.write_text(text)
-    os.replace(part, path)
+    """The result file, a line for each unit."""
+    write(path, {**head, 'units': units}, lines='units')
 
 
 def candidates_of(unit: dict[str, Any] | None) -> set[Candidate]:

@@ -193,7 +193,8 @@ def test_an_image_network_of_a_run_starts_clips_of_any_length(tmp_path):
 
 @pytest.mark.parametrize('options, message', [
     ({'temporal': 'retrofit', 'temporal_args': {'begin': 'paper'}}, r"temporal_args=\{'begin': 'paper'\} do not fit"),
-    ({'temporal': 'retrofit', 'temporal_args': {'start': 'tsm'}}, "start must be one of 'identity', 'paper', got"),
+    ({'temporal': 'retrofit', 'temporal_args': {'start': 'tsm'}},
+     "start must be one of 'identity', 'shift', 'paper', got"),
     ({'temporal': 'insert', 'insert_at': ('SME@layer1.0',), 'temporal_args': {'reduction': 4}}, 'do not fit .*insert'),
 ])
 def test_error_arguments_of_the_temporal_layers(options, message):

@@ -31,22 +31,35 @@ def test_another_number_is_noticed(study, tmp_path, capsys):
     assert capsys.readouterr().out == "movers tim 0 differs in ['losses']\n"
 
 
-def test_maps_are_written_anew(study, tmp_path):
+def test_maps_that_a_run_has_not_are_added(study, tmp_path, capsys):
     out, folder = study
     results = json.loads(out.read_text())
-    maps = {run['row']: run.pop('maps') for run in results['runs']}
-    for run in results['runs']:
-        run['maps'] = {}
+    maps = dict(results['runs'][0]['maps'])
+    assert results['runs'][0]['row'] == 'sme' and set(maps) == {'sme', 'sme_input', 'sme_term', 'difference'}
+    del results['runs'][0]['maps']['sme_input']
     changed = tmp_path / 'changed.json'
     changed.write_text(json.dumps(results))
-    assert again.main(['--out', str(changed), '--maps', '--folder', str(folder)]) == 0
-    assert {run['row']: run['maps'] for run in json.loads(changed.read_text())['runs']} == maps
+    arguments = ['--out', str(changed), '--maps', '--rows', 'sme', 'tim', '--folder']
+    assert again.main([*arguments, str(folder)]) == 0
+    assert json.loads(changed.read_text())['runs'][0]['maps'] == maps
+    results['runs'][0]['maps']['sme'][0] += .1  # as if of another network
+    changed.write_text(json.dumps(results))
+    with pytest.raises(SystemExit):
+        again.main([*arguments, str(folder)])
+    assert 'argument --folder: must have the networks of the runs, got' in capsys.readouterr().err.replace('\n', ' ')
+    with pytest.raises(SystemExit):
+        again.main([*arguments, str(tmp_path)])
+    assert 'which has no movers-sme-0.pt' in capsys.readouterr().err
 
 
 def test_a_file_that_is_none_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         again.main(['--out', str(tmp_path / 'none.json')])
     assert 'argument --out: must be a result file' in capsys.readouterr().err
+    (tmp_path / 'other.json').write_text('{"networks": []}')
+    with pytest.raises(SystemExit):
+        again.main(['--out', str(tmp_path / 'other.json')])
+    assert 'with settings and runs, got' in capsys.readouterr().err
 
 
 def test_rows_that_the_file_does_not_have_are_an_error(study, capsys):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.motion import plot, results, tables
+from benchmarks.motion import plot, results, show, tables
 from benchmarks.motion.__main__ import main
 from benchmarks.motion.latency import measure
 from benchmarks.motion.rows import GROUPS
 from benchmarks.motion.size import SIZES
+from benchmarks.motion.study import save
 from benchmarks.plots import stale
 
 
@@ -33,7 +34,7 @@ def test_a_table_has_shares_and_differences_within_seeds(found):
     assert list(shown)[2:] == ['TIM', 'TIM + MEM', 'TIM + PEM', 'TIM + CME', 'TIM + SME', 'TIM + CME&SME']
     right = {row: [results.right(run) for run in results.runs_of(found, row).values()] for row in ('tim', 'sme')}
     line = shown['TIM + SME']
-    assert line[1] == '2' and line[2].startswith(f'{50 * sum(right["sme"]):.1f} (')
+    assert line[1] == '0, 1' and line[2].startswith(f'{50 * sum(right["sme"]):.1f} (')
     assert line[3].startswith(f'{50 * (sum(right["sme"]) - sum(right["tim"])):+.1f} (')
     assert line[-1] == '50.6' and shown['TIM'][3] == ''
 
@@ -43,8 +44,8 @@ def test_a_table_is_of_the_seeds_that_all_of_its_rows_have(found):
     without = [run for run in found['runs'] if (run['row'], run['seed']) != ('mem', 1)]
     shown = cells(tables.render_group({**found, 'runs': without}, 'table6'))
     alone = cells(tables.render_group({**found, 'runs': [run for run in found['runs'] if run['seed'] == 0]}, 'table6'))
-    assert shown == alone and shown['TIM'][1] == '1'
-    assert cells(tables.render_group({**found, 'runs': without}, 'table4'))['TIM'][1] == '2'  # it has no MEM
+    assert shown == alone and shown['TIM'][1] == '0'
+    assert cells(tables.render_group({**found, 'runs': without}, 'table4'))['TIM'][1] == '0, 1'  # it has no MEM
     apart = [run for run in found['runs'] if run['seed'] == (run['row'] == 'tim')]
     assert tables.render_group({**found, 'runs': apart}, 'table6') == 'not measured yet: no seed has all of these rows'
     other = [{**run, 'task': 'ego'} for run in apart]
@@ -78,11 +79,14 @@ def test_rows_that_are_missing_are_named(found):
 
 
 @pytest.mark.parametrize('right, verdict', [
-    ((20, 21), '**holds**'), ((8, 9), 'undecided'), ((1, 2), '**reversed**')])
+    ((20, 21, 20), '**holds**'), ((8, 9, 8), 'undecided'), ((1, 2, 1), '**reversed**'), ((20, 21), 'two seeds'),
+    ((20,), 'one seed')])
 def test_a_claim_is_decided_by_its_interval(found, right, verdict):
-    """SME's right answers of 24 in two seeds, beside TIM's 10 and 11, or 11 and 6 where it is open."""
-    made = json.loads(json.dumps(found))
-    base = (11, 6) if verdict == 'undecided' else (10, 11)
+    """SME's right answers of 24 in each seed, beside TIM's. Of less than three seeds nothing is decided."""
+    third = [{**run, 'seed': 2} for run in found['runs'] if run['seed'] == 1]
+    runs = [run for run in found['runs'] + third if run['seed'] < len(right)]
+    made = json.loads(json.dumps({**found, 'runs': runs}))
+    base = (11, 6, 9) if verdict == 'undecided' else (10, 11, 10)
     for run in made['runs']:
         if run['row'] in ('tim', 'sme'):
             count = (right if run['row'] == 'sme' else base)[run['seed']]
@@ -127,3 +131,25 @@ def test_every_group_has_a_place_on_the_page():
     for name in tables.SECTIONS:
         assert len(re.findall(rf'<!-- {name} -->', page)) == 1
     assert {f'motion-{name}' for name in GROUPS} <= set(tables.SECTIONS)
+
+
+def test_seeds_are_named_since_only_the_same_ones_can_be_compared(found):
+    runs = [{**run, 'seed': seed} for run in found['runs'] if run['seed'] == 0 for seed in (0, 1, 2, 5)]
+    shown = cells(tables.render_group({**found, 'runs': runs}, 'table6'))
+    assert shown['TIM'][1] == '0, 1, 2, 5'
+    shown = cells(tables.render_group({**found, 'runs': [run for run in runs if run['seed'] < 5]}, 'table6'))
+    assert shown['TIM'][1] == '0 to 2'
+
+
+def test_the_tables_of_a_users_file_are_printed(found, tmp_path, capsys):
+    file = tmp_path / 'motion.json'
+    save(file, found)
+    assert show.main([str(file)]) == 0
+    text = capsys.readouterr().out
+    assert tables.render_group(found, 'table6') in text and '## claims' in text
+    assert '## table5' not in text and '## real-ego' not in text  # not measured
+    (tmp_path / 'other.json').write_text('{"rows": 1}')
+    for name, wanted in (('none.json', 'which is not there'), ('other.json', "which has ['rows']")):
+        with pytest.raises(SystemExit):
+            show.main([str(tmp_path / name)])
+        assert wanted in capsys.readouterr().err

@@ -1,0 +1,38 @@
+"""Print the tables of a result file, as Markdown.
+
+    python -m benchmarks.motion.show motion.json
+"""
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.machine import results_at
+from benchmarks.motion.rows import GROUPS
+from benchmarks.motion.tables import SECTIONS
+from benchmarks.motion.tasks import TASKS
+
+__all__ = ['main']
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('results', type=Path, help='JSON file that python -m benchmarks.motion has written')
+    args = parser.parse_args(argv)
+    try:
+        results = results_at(args.results, 'settings', 'runs')
+    except ValueError as error:
+        parser.error(str(error).replace('--out', 'argument results:'))
+    if results is None:
+        parser.error(f'argument results: must be a result file, got {str(args.results)!r}, which is not there')
+    wanted = [*GROUPS, 'claims', *(f'real-{task}' for task in TASKS if task != 'movers')]
+    for name in wanted:
+        text = SECTIONS[f'motion-{name}'](results)
+        if text.count('\n') > 1 and not text.startswith('not measured yet'):
+            print(f'## {name}\n\n{text}\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
