@@ -155,11 +155,12 @@ def pages(root: Path = ROOT) -> dict[str, dict[str, str]]:
     if prediction:  # beside the one it is compared with
         found['docs/performance.md']['kernels-prediction'] = render_prediction(
             prediction, *(_load(root, f'kernels-prediction-{name}.json') for name in ('before', 'fused')))
-    costs = _load(root, 'motion-latency-cpu.json')
+    learned, costs = (_load(root, f'motion-{name}.json') for name in ('cpu', 'latency-cpu'))
     found['docs/motion.md']['motion-latency'] = (
         '![Points over TIM against latency, all rows that have TIM or a peer](motion-latency.svg)\n\n'
         f'{costs["machine"]}, {costs["threads"]} threads, {costs["date"][:10]}, torch {costs["versions"]["torch"]}; '
-        f'medians of {costs["rounds"]} rounds. Command: `{costs["command"]}`.' if costs else
+        f'medians of {costs["rounds"]} rounds. Command: `{costs["command"]}`.\n\n'
+        f'{motion_plot.render_costs(learned, costs)}' if learned and costs else
         'not measured yet: `python -m benchmarks.motion.latency --out benchmarks/results/motion-latency-cpu.json`')
     runs = _runs(root)
     found[_TABLES_PAGE]['goals'] = goals.render(list(runs.values()))

@@ -5,6 +5,7 @@ Needs the extra [bench].
 from pathlib import Path
 from typing import Any
 
+from benchmarks.markdown import table
 from benchmarks.motion.movers import SWEEPS
 from benchmarks.motion.results import after, difference_of, estimate, runs_of, swept
 from benchmarks.motion.rows import ROWS
@@ -12,7 +13,7 @@ from benchmarks.motion.statistics import Estimate
 from benchmarks.motion.tables import curved
 from benchmarks.plots import write
 
-__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs']
+__all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs', 'render_costs']
 
 _Results = dict[str, Any]
 _Curve = list[tuple[float, Estimate]]
@@ -55,6 +56,13 @@ def costs(results: _Results, latency: _Results) -> list[tuple[str, float, float,
     return found
 
 
+def render_costs(results: _Results, latency: _Results) -> str:
+    """The same as a table."""
+    lines = [[f'{number}', ROWS[row].label, f'{ratio:.2f} ({low:.2f} to {high:.2f})', points.show(True),
+              f'{points.seeds}'] for number, (row, ratio, low, high, points) in enumerate(costs(results, latency), 1)]
+    return table(['', 'row', 'latency, TIM = 1', 'points over TIM', 'seeds'], lines)
+
+
 def _sure(found: Estimate | None) -> Estimate:
     assert found is not None
     return found
@@ -91,7 +99,7 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
         for number, (row, ratio, low, high, points) in enumerate(shown, 1):
             color = CURVES.get(row, '#555555')
             bars = {} if points.seeds == 1 else {
-                'yerr': [[100 * (points.mean - points.low)], [100 * (points.high - points.mean)]]}
+                'yerr': [[100 * (points.mean - points.ends[0])], [100 * (points.ends[1] - points.mean)]]}
             axes.errorbar(
                 ratio, 100 * points.mean, xerr=[[ratio - low], [high - ratio]], fmt='o', markersize=3, color=color,
                 elinewidth=.5, capsize=1.5, **bars)
@@ -104,6 +112,6 @@ def draw_costs(results: _Results, latency: _Results, path: Path) -> None:
         axes.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel('latency as a ResNet-50, TIM = 1')
-        axes.set_ylabel('points over TIM (bars: 95% intervals, with two seeds or more)')
+        axes.set_ylabel('points over TIM (bars: 95% intervals; of two seeds, their values)')
         axes.spines[['top', 'right']].set_visible(False)
     write(shown, path, (9, 5), fill)

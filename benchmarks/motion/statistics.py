@@ -22,10 +22,15 @@ class Estimate(NamedTuple):
         plus = '+' if sign else ''
         ends = (self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))
         if self.seeds == 2:
-            half = (self.high - self.low) / 2 / _T[1]
-            ends = self.mean - half, self.mean + half
+            ends = self.ends
         mean, low, high = (f'{100 * value:{plus}.1f}' for value in (self.mean, *ends))
         return {1: mean, 2: f'{mean} ({low}, {high})'}.get(self.seeds, f'{mean} ({low} to {high})')
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The interval, but of two seeds their values: Student's t of one degree of freedom says nothing."""
+        half = (self.high - self.low) / 2 / _T[1]
+        return (self.mean - half, self.mean + half) if self.seeds == 2 else (self.low, self.high)
 
     @property
     def verdict(self) -> str:

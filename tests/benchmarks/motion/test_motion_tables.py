@@ -122,6 +122,8 @@ def test_plots_carry_what_they_show(found, tmp_path):
     assert (base, both) == ('tim', 'all') and points == results.difference_of(found, 'all', 'tim')
     plot.draw_costs(found, latency, tmp_path / 'costs.svg')
     assert not stale(plot.costs(found, latency), tmp_path / 'costs.svg')
+    line = cells(plot.render_costs(found, latency))['2']
+    assert line[1] == 'TIM + CME&SME' and line[3].split()[0] == f'{100 * points.mean:+.1f}' and line[4] == '2'
     other = {**found, 'runs': [run for run in found['runs'] if run['seed'] == 0]}
     assert stale(plot.curves(other), path)
 
