@@ -43,21 +43,21 @@ def write(path: Path, results: dict[str, Any], lines: str | None = None) -> None
     if lines:
         entries = ',\n  '.join(map(json.dumps, results[lines]))
         text = f'{text[:-2]},\n "{lines}": [\n  {entries}\n ]\n}}'
-    part = path.with_suffix('.part')
+    part = path.with_name(f'{path.name}.{os.getpid()}.part')
     part.write_text(f'{text}\n')
     os.replace(part, path)
 
 
 def results_at(path: Path, *keys: str) -> dict[str, Any] | None:
-    """A result file that has these keys; None if there is no file.
+    """A result file that has these keys; None if there is no file, or an empty one.
 
     Raises:
         ValueError: Another file is there.
     """
     found = read_json(path)
-    if path.exists() and (found is None or not found.keys() >= set(keys)):
-        raise ValueError(f'--out must be a new file or one that this command has written, with {" and ".join(keys)}, '
-                         f'got {str(path)!r}, which has {sorted(found) if found else "no JSON object"}')
+    if path.exists() and path.stat().st_size and (found is None or not found.keys() >= set(keys)):
+        has = 'no JSON object' if found is None else f'{", ".join(sorted(found)) or "nothing"}'
+        raise ValueError(f'must be a result file that has {", ".join(keys)}, got {str(path)!r}, which has {has}')
     return found
 
 
@@ -74,8 +74,9 @@ def output_file(text: str) -> Path:
 def result_file(text: str) -> Path:
     """The same for results: what is there and is none of them is not overwritten."""
     path = output_file(text)
-    if path.is_file() and read_json(path) is None:
-        raise argparse.ArgumentTypeError(f'must be a new file or a result file, got {text!r}, which is neither')
+    if path.is_file() and path.stat().st_size and read_json(path) is None:
+        raise argparse.ArgumentTypeError(
+            f'must be a new file or a result file, got {text!r}, which is none that can be read')
     return path
 
 

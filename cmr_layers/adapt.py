@@ -56,7 +56,7 @@ def adapt(
         sme: Blocks that take an SME, likewise.
         reduction: CME's reduction, r1 = r2 or (r1, r2).
         start: 'identity': the network computes what it did until it is trained, bit for bit if every CME has a TIM
-            behind it; 'shift': likewise, but TIM shifts 2/8 of the channels by a frame, from where it learns sooner;
+            behind it; 'shift': likewise, but TIM shifts 2/8 of the channels by a frame;
             'paper': the layers start as they do alone. See :func:`retrofit`.
         freeze: 'backbone': only the temporal layers and the head train from now on, see :func:`freeze`; or 'none'.
         head: The head that trains with a frozen backbone, as :func:`freeze` takes it.

@@ -108,7 +108,7 @@ def insert(
             raise TypeError(f'layer must be a class such as CME (it is built once per place), got {kind!r}')
     if len(set(kinds)) < len(kinds):
         raise ValueError(f'layer must name each layer once, got {layer!r}')
-    arguments = _arguments(kinds, start_of(start, kinds), layer_kwargs)
+    arguments = _arguments(kinds, start, layer_kwargs)
     check_network(model)
     check_choice('where', where, ('before', 'after'))
     check_positive('num_frames', num_frames)
@@ -139,7 +139,7 @@ class Survey:
     ) -> List[Insertion]:
         """Put layers at some of the modules; as :func:`insert`, without another look, and without its end."""
         forms = {_resolve(self.model, name, where)[0]: self.calls[name].form(where) for name in at}
-        arguments = _arguments(kinds, start_of(start, kinds), layer_kwargs)
+        arguments = _arguments(kinds, start, layer_kwargs)
         return _put(self.model, kinds, arguments, forms, where, num_frames, self.spies)
 
 
@@ -159,12 +159,13 @@ def _put(
 
 
 def _arguments(
-        kinds: List[Layer], starts: Dict[Any, Dict[str, Any]], layer_kwargs: Dict[str, Any],
+        kinds: List[Layer], start: str, layer_kwargs: Dict[str, Any],
 ) -> List[Dict[str, Any]]:
     """The arguments of each layer: those of its start, and those of the user's that it knows."""
+    starts = start_of(start, kinds)
     set_twice = [key for kwargs in starts.values() for key in kwargs if key in layer_kwargs]
     if set_twice:
-        raise ValueError(f"{set_twice[0]} is set by start='identity', got {layer_kwargs[set_twice[0]]!r} besides")
+        raise ValueError(f'{set_twice[0]} is set by start={start!r}, got {layer_kwargs[set_twice[0]]!r} besides')
     if len(kinds) == 1:
         return [{**starts.get(kinds[0], {}), **layer_kwargs}]
     known = [inspect.signature(kind).parameters for kind in kinds]

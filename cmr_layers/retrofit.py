@@ -66,8 +66,8 @@ def retrofit(
       the single tap 2. Their product is exact. A CME without a TIM starts with its gates at 0.98: the residual branch
       gets 0.98 x, and the network computes nearly the same as before.
     - ``'shift'``: likewise, but TIM starts as TSM's shift: 2/8 of the channels come from the neighbouring frames, the
-      others are the same as before. What the network predicts changes somewhat; from there it learned sooner than from
-      the identity wherever we trained both (docs/training.md, docs/motion.md).
+      others are the same as before. What the network predicts changes somewhat; in two small studies it learned sooner
+      from there than from the identity (docs/training.md, docs/motion.md).
     - ``'paper'``: the layers start as they do alone. SME is the identity, TIM shifts 2/8 of the channels by a frame,
       and CME's gates lie near 1/2. A batch norm in training mode absorbs the factor 1/2. One in eval mode does not, so
       train before you look at predictions.

@@ -244,6 +244,32 @@ def test_the_start_as_a_shift_is_tsm_and_nothing_else(how, kinds):
         assert torch.equal(model(x), want(x))
 
 
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'mobilenetv3_small_050', 'swin_s3_tiny_224'])
+def test_adapt_starts_other_backbones_as_a_shift(name):
+    model = timm.create_model(name)
+    adapt(model, num_frames=4, start='shift')
+    tims, cmes = ([m for m in model.modules() if isinstance(m, kind)] for kind in (TIM, CME))
+    assert tims and len(cmes) == len(tims)
+    assert all(is_tsm(m.weight / 2) for m in tims)
+    for m in cmes:
+        x = torch.randn(4, 7, 7, m.channels) if m.input_fmt == 'NHWC' else torch.randn(
+            4, 50, m.channels) if m.input_fmt == 'NLC' else torch.randn(4, m.channels, 7, 7)
+        assert (m.gate(x) == .5).all()
+
+
+def test_a_cme_without_a_tim_starts_open():
+    model = timm.create_model('resnet18')
+    retrofit(model, num_frames=4, tim='none', start='shift')
+    cme = model.layer1[0].cme
+    torch.testing.assert_close(cme.gate(torch.randn(1, 4, 64, 7, 7)), torch.full((1, 4, 64), .98))
+
+
+@pytest.mark.parametrize('start', ['identity', 'shift'])
+def test_what_a_start_sets_is_not_set_twice(start):
+    with pytest.raises(ValueError, match=rf"^gain is set by start='{start}', got 1.0 besides$"):
+        insert(timm.create_model('resnet18'), [CME, TIM], at='layer1.0', num_frames=4, start=start, gain=1.)
+
+
 def test_a_start_is_known_for_the_packages_layers_only():
     with pytest.raises(ValueError, match=r"^start='shift' is for CME, SME and TIM, got 'Conv2d'$"):
         start_of('shift', [nn.Conv2d])

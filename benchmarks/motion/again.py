@@ -17,7 +17,7 @@ import torch
 from benchmarks.machine import not_negative, results_at
 from benchmarks.motion.maps import localisation
 from benchmarks.motion.rows import ROWS
-from benchmarks.motion.run import run, trained
+from benchmarks.motion.run import network_file, run, trained
 from benchmarks.motion.size import SIZES
 from benchmarks.motion.study import save
 from benchmarks.motion.tasks import TASKS
@@ -35,15 +35,18 @@ def differences(found: dict[str, Any], size: str, folder: Path) -> list[str]:
 
 
 def add_maps(found: dict[str, Any], size: str, folder: Path) -> None:
-    """Add the maps that a run has none of. Those that it has show whether the network is the run's."""
-    if 'maps' in found:
-        made = localisation(trained(folder, found['row'], found['seed'], SIZES[size]), found['seed'], SIZES[size])
-        for name in made.keys() & found['maps'].keys():
-            if max(abs(one - other) for one, other in zip(made[name], found['maps'][name])) > TOLERANCE:
-                raise ValueError(f'--folder must have the networks of the runs, got {str(folder)!r}, whose row '
-                                 f'{found["row"]} of seed {found["seed"]} has {made[name]} for {name} where its run '
-                                 f'has {found["maps"][name]}')
-        found['maps'] = {**made, **found['maps']}
+    """Add the maps that a run does not have.
+
+    Raises:
+        ValueError: The network is not that of the run: it has other numbers for the maps that the run has.
+    """
+    made = localisation(trained(folder, found['row'], found['seed'], SIZES[size]), found['seed'], SIZES[size])
+    for name in made.keys() & found['maps'].keys():
+        if max(abs(one - other) for one, other in zip(made[name], found['maps'][name])) > TOLERANCE:
+            raise ValueError(f'--folder must have the networks of the runs, got {str(folder)!r}, whose row '
+                             f'{found["row"]} of seed {found["seed"]} has {made[name]} for {name} where its run has '
+                             f'{found["maps"][name]}')
+    found['maps'] = {**made, **found['maps']}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,29 +57,33 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help='default: tim all')
     parser.add_argument('--seed', type=not_negative, default=0, help='default: %(default)s')
     parser.add_argument('--maps', action='store_true',
-                        help='run nothing; add the maps that runs have none of, by their networks in --folder')
+                        help='run nothing; add maps that runs do not have, whatever their row and seed, where --folder '
+                             'has their network')
     parser.add_argument('--folder', type=Path, help='of the study; by default, motion-study-SIZE')
     args = parser.parse_args(argv)
     try:
-        results = results_at(args.out, 'settings', 'runs')
+        results = results_at(args.out, 'size', 'settings', 'runs')
     except ValueError as error:
-        parser.error(f'argument {error}')
+        parser.error(f'argument --out: {error}')
     if results is None:
         parser.error(f'argument --out: must be a result file, got {str(args.out)!r}')
     torch.set_num_threads(1)
     size = results['size']
+    if args.maps:
+        folder = args.folder or Path(f'motion-study-{size}')
+        mapped = [found for found in results['runs'] if found.get('maps')]
+        there = [found for found in mapped if network_file(folder, found['row'], found['seed']).exists()]
+        if not there:
+            parser.error(f'argument --folder: must have networks of runs that have maps, got {str(folder)!r}')
+        for found in there:
+            add_maps(found, size, folder)
+        save(args.out, results)
+        print(f'{len(there)} of {len(mapped)} runs that have maps have a network in {folder}')
+        return 0
     chosen = [found for found in results['runs'] if found['row'] in args.rows and found['seed'] == args.seed]
     missing = set(args.rows) - {found['row'] for found in chosen}
     if missing:
         parser.error(f'argument --rows: must be rows that --out has with seed {args.seed}, got {sorted(missing)}')
-    if args.maps:
-        try:
-            for found in chosen:
-                add_maps(found, size, args.folder or Path(f'motion-study-{size}'))
-        except ValueError as error:
-            parser.error(f'argument {error}')
-        save(args.out, results)
-        return 0
     wrong = 0
     for found in chosen:
         with tempfile.TemporaryDirectory() as folder:

@@ -11,7 +11,7 @@ and moves in every frame:
 - Gates of a clip may be alike and still know how its frames differ. So a linear classifier is taught to tell the class
   from the means, and from the gates, of all frames.
 
-Reads networks that the study has left in its folder.
+Reads networks that the study has left in its folder. Those that the file has are not measured again.
 """
 import argparse
 import sys
@@ -34,7 +34,7 @@ __all__ = ['decoded', 'main', 'measure', 'within']
 
 PARTS = 20  # of so many clips as Figure 5's numbers are of
 TAUGHT = .75  # share of clips that the classifier learns from
-#: Rows with the paper's CME, or a variant of it.
+#: Rows that have the paper's CME, or a variant of it, and are trained as the main ones.
 GATED = ['cme', 'all', 'only_cme', 'cme_sme', 'shuffled_cme', 'similar', 'alone', 'softmax_t', 'even', 'r1', 'r4',
          'r16']
 
@@ -52,7 +52,7 @@ def within(values: Tensor) -> float:
 def decoded(values: Tensor, labels: Tensor, taught: float = TAUGHT) -> float:
     """Share of labels (B,) that a linear classifier tells from (B, ...), taught on the first clips, of the others.
 
-    Least squares to one-hot labels, on standardised values, with a ridge of a tenth of the clips.
+    Least squares to one-hot labels, on standardised values, with a ridge of a tenth of the clips that it is taught on.
     """
     n = int(taught * len(labels))
     x = values.flatten(1).double()
@@ -110,21 +110,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--seeds', type=not_negative, nargs='+', metavar='SEED', default=[0], help='default: 0')
     args = parser.parse_args(argv)
     size, folder = SIZES[args.size], args.folder or Path(f'motion-study-{args.size}')
-    networks: list[dict[str, Any]] = []
+    about = {**describe(), 'size': args.size, 'clips': PARTS * size.maps, 'taught': TAUGHT, 'classes': GOES_ON}
     try:
-        old = results_at(args.out, 'networks')
-        if old and old['size'] != args.size:
-            raise ValueError(f'--out must be a new file or one of size {args.size!r}, got one of {old["size"]!r}')
-        for row, seed in dict.fromkeys((row, seed) for row in args.rows for seed in args.seeds):
-            model = trained(folder, row, seed, size)
-            parts = (moving(size.maps, size.side, 100 * seed + part) for part in range(PARTS))
-            batches = ((made.clips.to(size.device), made.labels) for made in parts)
-            networks.append({'row': row, 'seed': seed, 'layers': measure(model, batches)})
+        found = results_at(args.out, 'size', 'networks') or {**about, 'networks': []}
+    except ValueError as error:
+        parser.error(f'argument --out: {error}')
+    if found['size'] != args.size:
+        parser.error(f'argument --out: must be a new file or one of size {args.size!r}, got one of {found["size"]!r}')
+    networks: list[dict[str, Any]] = found['networks']
+    done = {(network['row'], network['seed']) for network in networks}
+    wanted = dict.fromkeys((row, seed) for row in args.rows for seed in args.seeds if (row, seed) not in done)
+    try:
+        models = {key: trained(folder, *key, size) for key in wanted}
     except ValueError as error:
         parser.error(f'argument {error}')
-    write(args.out, {**describe(), 'size': args.size, 'clips': PARTS * size.maps, 'taught': TAUGHT, 'classes': GOES_ON,
-                     'networks': networks})
-    print(f'{len(networks)} networks: {args.out}')
+    for (row, seed), model in models.items():
+        parts = (moving(size.maps, size.side, 100 * seed + part) for part in range(PARTS))
+        batches = ((made.clips.to(size.device), made.labels) for made in parts)
+        networks.append({'row': row, 'seed': seed, 'layers': measure(model, batches)})
+    networks.sort(key=lambda network: (GATED.index(network['row']), network['seed']))
+    if wanted:
+        write(args.out, {**about, 'networks': networks})
+    print(f'{len(wanted)} networks measured, {len(networks)} in {args.out}')
     return 0
 
 

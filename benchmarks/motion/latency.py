@@ -29,7 +29,8 @@ NETWORKS = [name for name, row in ROWS.items()
 
 def measure(rows: Sequence[str], rounds: int, size: int, shape: dict[str, Any], device: str) -> dict[str, Any]:
     """Time rows, and TIM beside them: seconds in the median, and the ratio to TIM with its interval."""
-    weights = {kind: image_network(kind, 6, shape).state_dict() for kind in IMAGE_NETWORKS}
+    kinds = {ROWS[name].image for name in (BASE, *rows)}
+    weights = {kind: image_network(kind, 6, shape).state_dict() for kind in IMAGE_NETWORKS if kind in kinds}
     calls = {}
     for name in dict.fromkeys((BASE, *rows)):
         model = build(name, 174, shape, weights[ROWS[name].image], seed=0).to(device).eval()
@@ -56,9 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == 'cuda' and not torch.cuda.is_available():
         parser.error("argument --device: must be 'cpu' where PyTorch finds no GPU, got 'cuda'")
     try:
-        results_at(args.out, 'rounds', 'rows')
+        results_at(args.out, 'rounds', 'size', 'rows')
     except ValueError as error:
-        parser.error(f'argument {error}')
+        parser.error(f'argument --out: {error}')
     rows = measure(args.rows, args.rounds, args.pixels, SHAPE, args.device)
     write(args.out, {**describe(), 'device': args.device, 'threads': torch.get_num_threads(), 'rounds': args.rounds,
                      'size': args.pixels, 'rows': rows})

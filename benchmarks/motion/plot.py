@@ -10,7 +10,7 @@ from benchmarks.motion.movers import SWEEPS
 from benchmarks.motion.results import after, difference_of, estimate, runs_of, swept
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.statistics import Estimate
-from benchmarks.motion.tables import curved
+from benchmarks.motion.tables import curved, seed_names
 from benchmarks.plots import write
 
 __all__ = ['CURVES', 'curves', 'draw_costs', 'draw_curves', 'costs', 'render_costs']
@@ -58,8 +58,10 @@ def costs(results: _Results, latency: _Results) -> list[tuple[str, float, float,
 
 def render_costs(results: _Results, latency: _Results) -> str:
     """The same as a table."""
-    lines = [[f'{number}', ROWS[row].label, f'{ratio:.2f} ({low:.2f} to {high:.2f})', points.show(True),
-              f'{points.seeds}'] for number, (row, ratio, low, high, points) in enumerate(costs(results, latency), 1)]
+    lines = []
+    for number, (row, ratio, low, high, points) in enumerate(costs(results, latency), 1):
+        seeds = seed_names(runs_of(results, row).keys() & runs_of(results, BASE).keys())
+        lines.append([f'{number}', ROWS[row].label, f'{ratio:.2f} ({low:.2f} to {high:.2f})', points.show(True), seeds])
     return table(['', 'row', 'latency, TIM = 1', 'points over TIM', 'seeds'], lines)
 
 
@@ -77,7 +79,7 @@ def draw_curves(results: _Results, path: Path) -> None:
             for row, points in rows.items():
                 x = [point for point, _ in points]
                 axes.plot(x, [100 * e.mean for _, e in points], color=CURVES[row], marker='.', label=ROWS[row].label)
-                axes.fill_between(x, [100 * e.low for _, e in points], [100 * e.high for _, e in points],
+                axes.fill_between(x, [100 * e.ends[0] for _, e in points], [100 * e.ends[1] for _, e in points],
                                   color=CURVES[row], alpha=.12, linewidth=0)
             axes.axhline(50, color='black', linewidth=.6, linestyle=':')
             axes.set_xlabel(_AXES[name])

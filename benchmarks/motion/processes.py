@@ -21,26 +21,31 @@ def cores(device: str) -> int:
 @contextmanager
 def processes(jobs: int) -> Iterator[ProcessPoolExecutor]:
     """A pool. An error or an interruption ends what runs in it: nobody would take the result."""
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start)
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context('spawn'), _start, (os.getpid(),))
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for this process, which ends them
+    try:
+        for _ in range(jobs):
+            pool.submit(os.getpid)  # as many begin, since none is idle yet
+    finally:
+        signal.signal(signal.SIGINT, handler)
     try:
         yield pool
     except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()  # files are replaced when they are whole
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start() -> None:
+def _start(parent: int) -> None:
     """Of a process: one thread, so that a run's sums do not depend on what runs beside it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this
     torch.set_num_threads(1)
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os._exit(1)  # whoever waits for the result is gone
+        os._exit(1)  # whoever waits for the result is gone, perhaps since before this began
 
     threading.Thread(target=watch, daemon=True).start()

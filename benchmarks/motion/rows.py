@@ -116,7 +116,7 @@ ROWS: dict[str, Row] = {
     'broken_cme': Row('CME hands on its input', _cmr(cme='all', block=_block(cme_layer=variants.BrokenCME))),
     'broken_sme': Row('SME hands on its input', _cmr(
         sme='first', tim='none', block=_block(sme_layer=variants.BrokenSME))),
-    'shuffled_cme': Row('gates of other frames', _cmr(cme='all', block=_block(cme_layer=variants.ShuffledCME))),
+    'shuffled_cme': Row('gates of shuffled frames', _cmr(cme='all', block=_block(cme_layer=variants.ShuffledCME))),
     'shuffled_sme': Row('SME of shuffled frames', _cmr(
         sme='first', tim='none', block=_block(sme_layer=variants.ShuffledSME))),
 }

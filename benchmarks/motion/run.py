@@ -20,7 +20,7 @@ from benchmarks.motion.scene import SHAPES, stills
 from benchmarks.motion.size import Size
 from benchmarks.motion.task import Task, counts
 
-__all__ = ['SWEPT', 'image_weights', 'run', 'shape_of', 'trained']
+__all__ = ['SWEPT', 'image_weights', 'network_file', 'run', 'shape_of', 'trained']
 
 #: Rows that are tested at all values of the knobs, and whose maps are looked at.
 SWEPT = {row for group in ('table4', 'table6', 'alone') for row in GROUPS[group]}
@@ -105,7 +105,7 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
         found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, seed, frames, size)] for value in values]
                            for knob, values in SWEEPS.items()}
         found['maps'] = localisation(model, seed, size)
-    file = _network(folder, name, seed, task)
+    file = network_file(folder, name, seed, task)
     part = file.with_suffix(f'.{os.getpid()}.part')
     torch.save(model.cpu().state_dict(), part)
     part.replace(file)
@@ -118,7 +118,7 @@ def trained(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS)
     Raises:
         ValueError: There is none, or it is of another size.
     """
-    file, row = _network(folder, name, seed, task), ROWS[name]
+    file, row = network_file(folder, name, seed, task), ROWS[name]
     if not file.exists():
         raise ValueError(f'--folder must have the network that the study leaves of task {task.name}, row {name} and '
                          f'seed {seed}, got {str(folder)!r}, which has no {file.name}')
@@ -128,12 +128,13 @@ def trained(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS)
         {key: tuple(value.shape) for key, value in each.items()} for each in (weights, model.state_dict()))
     if shapes != wanted:
         raise ValueError(f'--folder must have networks of the size that --size says, got {str(folder)!r}, whose '
-                         f'{file.name} has {len(shapes.items() - wanted.items())} tensors of other shapes')
+                         f'{file.name} has {len(shapes.items() ^ wanted.items())} other tensors')
     model.load_state_dict(weights)
     return model.to(size.device).eval()
 
 
-def _network(folder: Path, name: str, seed: int, task: Task) -> Path:
+def network_file(folder: Path, name: str, seed: int, task: Task = MOVERS) -> Path:
+    """Where a run leaves its network."""
     return folder / f'{task.name}-{name}-{seed}.pt'
 
 

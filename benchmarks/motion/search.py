@@ -41,10 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         results = results_at(args.out, 'size', 'trials') or {'size': args.size, 'trials': []}
     except ValueError as error:
-        parser.error(f'argument {error}')
+        parser.error(f'argument --out: {error}')
     if results['size'] != args.size:
         parser.error(f'argument --out: must be a new file or one of size {args.size!r}, got one of {results["size"]!r}')
+    clips = SIZES[args.size].recipe.updates * SIZES[args.size].recipe.batch
     found = results['trials']
+    other = {made['curve'][-1][0] for made in found} - {clips}
+    if other:
+        parser.error(f'argument --out: must have trials of {clips} clips, got some of {sorted(other)}')
     done = {(made['seed'], made['batch'], made['lr']) for made in found}
     wanted = [(seed, *trial) for trial in TRIALS for seed in SEEDS if (seed, *trial) not in done]
     try:

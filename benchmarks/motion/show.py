@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import results_at
-from benchmarks.motion.rows import GROUPS
 from benchmarks.motion.tables import SECTIONS
-from benchmarks.motion.tasks import TASKS
 
 __all__ = ['main']
 
@@ -21,16 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('results', type=Path, help='JSON file that python -m benchmarks.motion has written')
     args = parser.parse_args(argv)
     try:
-        results = results_at(args.results, 'settings', 'runs')
+        results = results_at(args.results, 'size', 'settings', 'runs')
     except ValueError as error:
-        parser.error(str(error).replace('--out', 'argument results:'))
+        parser.error(f'argument results: {error}')
     if results is None:
         parser.error(f'argument results: must be a result file, got {str(args.results)!r}, which is not there')
-    wanted = [*GROUPS, 'claims', *(f'real-{task}' for task in TASKS if task != 'movers')]
-    for name in wanted:
-        text = SECTIONS[f'motion-{name}'](results)
-        if text.count('\n') > 1 and not text.startswith('not measured yet'):
-            print(f'## {name}\n\n{text}\n')
+    if not results['runs']:
+        parser.error(f'argument results: must have runs, got {str(args.results)!r}, which has none')
+    for name, render in SECTIONS.items():
+        text = render(results)
+        if text.count('\n') != 1 and not text.startswith('not measured yet'):  # one break: a table without rows
+            print(f'## {name.removeprefix("motion-")}\n\n{text}\n')
     return 0
 
 

@@ -11,26 +11,29 @@ _T = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 
 
 
 class Estimate(NamedTuple):
-    """A mean over seeds and its 95% interval, by Student's t."""
+    """A mean over seeds, its 95% interval by Student's t, and what it is the mean of, in the order of the seeds."""
     mean: float
     low: float
     high: float
-    seeds: int
+    values: tuple[float, ...]
 
-    def show(self, sign: bool = False) -> str:
-        """In percent, within 0 and 100, or in points with a sign. Of two seeds, both values."""
-        plus = '+' if sign else ''
-        ends = (self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))
-        if self.seeds == 2:
-            ends = self.ends
-        mean, low, high = (f'{100 * value:{plus}.1f}' for value in (self.mean, *ends))
-        return {1: mean, 2: f'{mean} ({low}, {high})'}.get(self.seeds, f'{mean} ({low} to {high})')
+    @property
+    def seeds(self) -> int:
+        """How many."""
+        return len(self.values)
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The interval, but of two seeds their values: Student's t of one degree of freedom says nothing."""
-        half = (self.high - self.low) / 2 / _T[1]
-        return (self.mean - half, self.mean + half) if self.seeds == 2 else (self.low, self.high)
+        """The interval; of two seeds the smaller and the larger value, as t of one degree of freedom says nothing."""
+        return (min(self.values), max(self.values)) if self.seeds < 3 else (self.low, self.high)
+
+    def show(self, sign: bool = False) -> str:
+        """In percent, within 0 and 100, or in points with a sign. Of two seeds, both values in their order."""
+        shown = [f'{100 * value:{"+" if sign else ""}.1f}' for value in (
+            self.mean, *((self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))), *self.values)]
+        if self.seeds == 1:
+            return shown[0]
+        return f'{shown[0]} ({shown[3]}, {shown[4]})' if self.seeds == 2 else f'{shown[0]} ({shown[1]} to {shown[2]})'
 
     @property
     def verdict(self) -> str:
@@ -51,10 +54,10 @@ def mean(values: Sequence[float]) -> Estimate:
         raise ValueError(f'values must be one to {len(_T)} numbers, got {n}')
     middle = sum(values) / n
     if n == 1:
-        return Estimate(middle, -math.inf, math.inf, 1)
+        return Estimate(middle, -math.inf, math.inf, (middle,))
     spread = math.sqrt(sum((value - middle) ** 2 for value in values) / (n - 1))
     margin = _T[n - 1] * spread / math.sqrt(n)
-    return Estimate(middle, middle - margin, middle + margin, n)
+    return Estimate(middle, middle - margin, middle + margin, tuple(values))
 
 
 def difference(values: dict[int, float], base: dict[int, float]) -> Estimate | None:

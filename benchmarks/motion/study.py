@@ -121,7 +121,10 @@ def study(
     """
     settings = json.loads(json.dumps(as_dict(SIZES[size])))
     now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
-    results = results_at(out, 'settings', 'runs') or now
+    try:
+        results = results_at(out, 'size', 'settings', 'runs') or now
+    except ValueError as error:
+        raise ValueError(f'--out {error}') from None
     if results['settings'] != settings:
         other = {name: value for name, value in results['settings'].items() if value != settings.get(name)}
         wanted = {name: settings[name] for name in other if name in settings}
@@ -135,7 +138,8 @@ def study(
     folder.mkdir(parents=True, exist_ok=True)
     begin, longest = time.monotonic(), max((found['seconds'] for found in results['runs']), default=0.)
     running: dict[Future[dict[str, Any]], tuple[Key, float]] = {}
-    print(f'{len(left)} runs, {jobs} side by side; what they share comes first', flush=True)
+    if left:
+        print(f'{len(left)} runs, {jobs} side by side; what they share comes first', flush=True)
     with processes(jobs) as pool:
         # what several runs share is there before them
         for ended in [pool.submit(_prepare, task, size) for task in dict.fromkeys(key[0] for key in left)]:

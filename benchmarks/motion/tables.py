@@ -25,7 +25,8 @@ from benchmarks.motion.statistics import Estimate, mean
 from benchmarks.motion.tasks import TASKS
 
 __all__ = [
-    'SECTIONS', 'claims', 'curved', 'render_claims', 'render_gates', 'render_group', 'render_method', 'render_search']
+    'SECTIONS', 'claims', 'curved', 'render_claims', 'render_gates', 'render_group', 'render_method', 'render_search',
+    'seed_names']
 
 _Results = dict[str, Any]
 CURVED = ('plain', 'cme_sme', 'tim', 'cme', 'sme', 'all', 'mem', 'pem')
@@ -40,7 +41,7 @@ def _show(found: Estimate | None, sign: bool = False) -> str:
     return found.show(sign) if found else ''
 
 
-def _seeds(seeds: Iterable[int]) -> str:
+def seed_names(seeds: Iterable[int]) -> str:
     """Numbers of seeds: what is beside each other in a table is only of the same ones."""
     found = sorted(seeds)
     if len(found) > 2 and found[-1] - found[0] == len(found) - 1:
@@ -83,7 +84,7 @@ def _line(results: _Results, row: str, base: str, task: str) -> list[str]:
     runs = runs_of(results, row, task)
     compared = ['', ''] if row == base else [
         _show(difference_of(results, row, base, right, task), True), ROWS[base].label]
-    return [ROWS[row].label, _seeds(runs), _show(estimate(results, row, right, task)), *compared,
+    return [ROWS[row].label, seed_names(runs), _show(estimate(results, row, right, task)), *compared,
             _show(estimate(results, row, group, task)), _show(estimate(results, row, direction, task)),
             f'{next(iter(runs.values()))["parameters"] / 1000:.0f}']
 
@@ -175,7 +176,7 @@ def render_order(results: _Results, task: str) -> str:
     for row in rows if results['runs'] else ():
         curves = [found['curve'] for found in runs_of(results, row, task).values()]
         seen = [f'{points[0][0]:,}' for points in zip(*curves)]
-        lines.append([ROWS[row].label, _seeds(runs_of(results, row, task)), *(
+        lines.append([ROWS[row].label, seed_names(runs_of(results, row, task)), *(
             f'{100 * mean([p[2] / p[1] for p in points]).mean:.0f}, '
             f'{100 * mean([p[3] / max(p[2], 1) for p in points]).mean:.0f}' for points in zip(*curves))])
     head = ['which motion, %, and its order, %, after training clips', 'seeds', *seen]
@@ -196,7 +197,7 @@ def render_maps(results: _Results) -> str:
             having = {seed: found for seed, found in runs.items() if name in found['maps']}
             if having and (name != 'difference' or row == 'all'):
                 lines.append([
-                    '' if name == 'difference' else ROWS[row].label, what, _seeds(having),
+                    '' if name == 'difference' else ROWS[row].label, what, seed_names(having),
                     *(_show(mean([found['maps'][name][i] for found in having.values()])) for i in (0, 1))])
     return table(['', 'map', 'seeds', 'finds the bar, % (chance 50)', 'finds all things, % (chance 50)'], lines)
 
@@ -228,7 +229,7 @@ def render_method(results: _Results) -> str:
     machines: dict[str, set[int]] = {}
     for found in runs:
         machines.setdefault(f'{found["machine"]}, torch {found["torch"]}', set()).add(found['seed'])
-    where = '; '.join(f'seeds {_seeds(seeds)}: {name}' for name, seeds in machines.items())
+    where = '; '.join(f'seeds {seed_names(seeds)}: {name}' for name, seeds in machines.items())
     dates = sorted({found['date'] for found in runs})
     commands = ', '.join(f'`{each}`' for each in results.get('commands', [results['command']]))
     return (
@@ -255,7 +256,7 @@ def render_search(results: _Results) -> str:
 
 
 def render_gates(results: _Results) -> str:
-    """How much of what a CME sees, and of its gates, changes within a clip."""
+    """How much of what a CME sees, and of its gates, changes within a clip, and what they know of its class."""
     found: dict[str, list[_Results]] = {}
     for network in results['networks']:
         found.setdefault(network['row'], []).append(network)
@@ -263,7 +264,7 @@ def render_gates(results: _Results) -> str:
     for row, networks in found.items():
         for i in range(len(networks[0]['layers'])):
             layers = [network['layers'][i] for network in networks]
-            seeds = _seeds(network['seed'] for network in networks)
+            seeds = seed_names(network['seed'] for network in networks)
             lines.append([ROWS[row].label, f'{i + 1}', seeds, *(
                 _show(mean([layer[name] for layer in layers]))
                 for name in ('place', 'pooled', 'gates', 'pooled_decoded', 'gates_decoded'))])

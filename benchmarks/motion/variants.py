@@ -103,7 +103,7 @@ class BrokenSME(SME):
 
 
 class ShuffledCME(CME):
-    """Opens each frame with the gates of another one, drawn anew in each call."""
+    """Opens each frame with the gates of a frame of its clip that is drawn anew in each call."""
 
     def forward_clips(self, x: Tensor) -> Tensor:
         gates = self.gate(x)

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from benchmarks.machine import positive, result_file
+from benchmarks.machine import output_file, positive
 from benchmarks.runtime import tables
 from benchmarks.runtime.candidate import MODES, ON, Setting
 from benchmarks.runtime.compare import compare
@@ -61,7 +61,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Settin
     parser.add_argument('--size', type=positive, help='height and width of the frames; default: 224')
     parser.add_argument('--minutes', type=float, help='time limit; what does not fit is left out and said')
     parser.add_argument('--quick', action='store_true', help='a smoke run: small, few rounds, no numbers to quote')
-    parser.add_argument('--out', type=result_file, help='write the results there, as JSON')
+    parser.add_argument('--out', type=output_file, help='write the results there, as JSON')
     parser.add_argument('--fresh', action='store_true', help='overwrite --out rather than go on where it ends')
     parser.add_argument('--against', type=Path, help='a result file: say whether its ratios came out again')
     args = parser.parse_args(argv)

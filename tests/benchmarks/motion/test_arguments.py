@@ -26,7 +26,7 @@ def said(capsys, name, *arguments):
 @pytest.mark.parametrize('name', ['study', 'search', 'gates', 'latency'])
 @pytest.mark.parametrize('text, wanted', [
     ('A page.', 'must be a new file or a result file, got'), ('{"runs"', 'must be a new file or a result file, got'),
-    (OTHER, "which has ['flops']")])
+    (OTHER, 'which has flops')])
 def test_a_file_that_is_no_result_is_not_overwritten(tmp_path, monkeypatch, capsys, name, text, wanted):
     monkeypatch.chdir(tmp_path)
     file = tmp_path / 'README.md'
@@ -47,6 +47,7 @@ def test_a_folder_is_no_file(tmp_path, capsys, name):
     ('study', ['--minutes', 'nan'], "argument --minutes: must be 0 or more, got 'nan'"),
     ('study', ['--minutes', '-3'], "argument --minutes: must be 0 or more, got '-3'"),
     ('study', ['--folder', __file__], 'argument --folder: must be a folder, got the file'),
+    ('again', [], 'argument --out: must be a result file, got'),
     ('gates', ['--folder', 'nowhere'], 'which has no movers-cme-0.pt'),
     ('figure', ['--folder', 'nowhere'], 'which has no movers-all-0.pt'),
 ])

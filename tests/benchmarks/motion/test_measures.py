@@ -39,14 +39,25 @@ def test_differences_are_paired_by_seeds():
     low, high = stats.ttest_rel([.5, .7, .9], [.4, .55, .8]).confidence_interval()
     assert (found.low, found.high, found.seeds) == (pytest.approx(low, rel=1e-3), pytest.approx(high, rel=1e-3), 3)
     assert found.verdict == 'holds' and difference(base, values).verdict == 'reversed'
-    assert difference({0: .5, 1: .1}, {0: .4, 1: .3}).verdict == 'undecided'
+    assert difference({0: .5, 1: .1, 2: .5}, {0: .4, 1: .3, 2: .4}).verdict == 'undecided'
+    assert difference({0: .5, 1: .1}, {0: .4, 1: .3}).verdict == 'two seeds'
+    assert difference({0: .5}, {0: .4}).verdict == 'one seed'
     assert difference({0: .5}, {1: .5}) is None
     assert difference({0: .5}, {0: .4}).show(True) == '+10.0'  # of one seed there is no interval
 
 
 def test_a_share_is_shown_within_0_and_100():
-    assert mean([.9, 1.]).show() == '95.0 (31.5 to 100.0)'
-    assert mean([.1, 0.]).show(True) == '+5.0 (-58.5 to +68.5)'
+    assert mean([.9, 1., .95]).show() == '95.0 (82.6 to 100.0)'
+    assert mean([.1, 0., .05]).show() == '5.0 (0.0 to 17.4)'
+    assert mean([.1, 0., .05]).show(True) == '+5.0 (-7.4 to +17.4)'
+
+
+def test_of_two_seeds_both_values_are_shown_in_their_order():
+    """An interval of Student's t with one degree of freedom would be thirteen times as wide."""
+    found = mean([1., .9])
+    assert found.show() == '95.0 (100.0, 90.0)' and found.ends == (.9, 1.)
+    assert mean([.1, 0.]).show(True) == '+5.0 (+10.0, +0.0)'
+    assert mean([.1, 0., .05]).ends == (mean([.1, 0., .05]).low, mean([.1, 0., .05]).high)
 
 
 def test_a_mean_of_nothing_is_an_error():

@@ -74,7 +74,7 @@ def test_the_order_is_a_coin_toss_for_a_network_that_sees_none():
 def test_rows_that_are_missing_are_named(found):
     assert 'Not measured yet' not in tables.render_group(found, 'table6')
     text = tables.render_group(found, 'faults')
-    assert text.endswith('Not measured yet: CME hands on its input, gates of other frames, SME hands on its input, '
+    assert text.endswith('Not measured yet: CME hands on its input, gates of shuffled frames, SME hands on its input, '
                          'SME of shuffled frames.')
 
 
@@ -123,7 +123,7 @@ def test_plots_carry_what_they_show(found, tmp_path):
     plot.draw_costs(found, latency, tmp_path / 'costs.svg')
     assert not stale(plot.costs(found, latency), tmp_path / 'costs.svg')
     line = cells(plot.render_costs(found, latency))['2']
-    assert line[1] == 'TIM + CME&SME' and line[3].split()[0] == f'{100 * points.mean:+.1f}' and line[4] == '2'
+    assert line[1] == 'TIM + CME&SME' and line[3].split()[0] == f'{100 * points.mean:+.1f}' and line[4] == '0, 1'
     other = {**found, 'runs': [run for run in found['runs'] if run['seed'] == 0]}
     assert stale(plot.curves(other), path)
 
@@ -150,8 +150,13 @@ def test_the_tables_of_a_users_file_are_printed(found, tmp_path, capsys):
     text = capsys.readouterr().out
     assert tables.render_group(found, 'table6') in text and '## claims' in text
     assert '## table5' not in text and '## real-ego' not in text  # not measured
+    assert '## curve' in text and '## maps' in text
+    save(file, {**found, 'runs': []})
+    with pytest.raises(SystemExit):
+        show.main([str(file)])
+    assert 'must have runs, got' in capsys.readouterr().err
     (tmp_path / 'other.json').write_text('{"rows": 1}')
-    for name, wanted in (('none.json', 'which is not there'), ('other.json', "which has ['rows']")):
+    for name, wanted in (('none.json', 'which is not there'), ('other.json', 'which has rows')):
         with pytest.raises(SystemExit):
             show.main([str(tmp_path / name)])
         assert wanted in capsys.readouterr().err

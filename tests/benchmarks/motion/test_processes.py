@@ -31,20 +31,36 @@ def gone(group):
     return False
 
 
-@pytest.mark.parametrize('module, send', [
-    ('benchmarks.motion', os.kill), ('benchmarks.motion', os.killpg), ('benchmarks.motion.search', os.killpg)])
-def test_an_interruption_ends_at_once_and_leaves_no_process(tmp_path, module, send):
-    """A terminal's Ctrl-C goes to all processes, a scheduler's signal to the first."""
+def begun(folder, module):
+    """A study of minutes, as the leader of its own group of processes."""
     command = subprocess.Popen(
-        [sys.executable, '-m', module, '--out', 'motion.json'], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+        [sys.executable, '-m', module, '--out', 'motion.json'], cwd=folder, text=True, stderr=subprocess.PIPE,
         env={**os.environ, 'PYTHONPATH': str(ROOT)}, start_new_session=True)
-    assert within(60, (tmp_path / 'motion-study-cpu').is_dir)
-    time.sleep(4)  # now it prepares, which takes a minute
+    assert within(60, (folder / 'motion-study-cpu').is_dir)
+    return command
+
+
+@pytest.mark.parametrize('module, send, seconds', [
+    ('benchmarks.motion', os.kill, 1), ('benchmarks.motion', os.killpg, 8), ('benchmarks.motion.search', os.killpg, 1)])
+def test_an_interruption_ends_at_once_and_leaves_no_process(tmp_path, module, send, seconds):
+    """A terminal's Ctrl-C goes to all processes, while they import or while they run."""
+    command = begun(tmp_path, module)
+    time.sleep(seconds)
     send(command.pid, signal.SIGINT)
     errors = command.communicate(timeout=20)[1]
     assert command.returncode == 130
-    assert errors.endswith(f'{module.split(".")[-1]}: interrupted; the same command goes on\n')
+    assert errors == f'{module.split(".")[-1]}: interrupted; the same command goes on\n'
     assert within(10, lambda: gone(command.pid))
+
+
+@pytest.mark.parametrize('number, seconds', [(signal.SIGKILL, .5), (signal.SIGTERM, 8)])
+def test_the_end_of_a_command_ends_its_processes(tmp_path, number, seconds):
+    command = begun(tmp_path, 'benchmarks.motion')
+    time.sleep(seconds)
+    command.send_signal(number)
+    command.communicate(timeout=20)  # also reads until the last process has closed its end
+    assert command.returncode == -number
+    assert within(20, lambda: gone(command.pid))
 
 
 def test_an_error_in_one_does_not_wait_for_another():
@@ -60,7 +76,7 @@ def test_the_search_sees_as_many_clips_as_a_run_and_repeats_nothing(tmp_path, mo
     out = tmp_path / 'search.json'
     assert search.main(['--out', str(out), '--size', 'smoke']) == 0
     first = out.read_text()
-    found = json.loads(first)['runs']
+    found = json.loads(first)['trials']
     assert {(run['batch'], run['lr'], run['seed']) for run in found} == {
         (*trial, seed) for trial in search.TRIALS for seed in search.SEEDS}
     assert {run['curve'][-1][0] for run in found} == {16}
@@ -68,4 +84,4 @@ def test_the_search_sees_as_many_clips_as_a_run_and_repeats_nothing(tmp_path, mo
     assert out.read_text() == first
     with pytest.raises(SystemExit):
         search.main(['--out', str(out)])
-    assert "must be a new file or one of size 'cpu', got 'smoke'" in capsys.readouterr().err
+    assert "must be a new file or one of size 'cpu', got one of 'smoke'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from benchmarks.motion.run import shape_of
 from benchmarks.motion.size import SIZES
 from benchmarks.peers.tdrl import PEM
 from benchmarks.peers.tei import MEM
-from cmr_layers import CME, SME, CMRBlock, released
+from cmr_layers import CME, SME, CMRBlock, released, retrofit
 
 SHAPE = SIZES['smoke'].shape
 SIDE = 24
@@ -100,6 +100,16 @@ def test_plain_is_the_mean_of_the_image_network(weights):
         torch.nn.init.normal_(network.fc.weight, generator=torch.Generator().manual_seed(2))
     x = clip(8).double()
     torch.testing.assert_close(model(x), image(x).unflatten(0, (-1, 8)).mean(1))
+
+
+def test_the_row_that_is_named_after_the_start_as_a_shift_starts_so(weights):
+    retrofitted = image_network('resnet', 5, SHAPE)
+    retrofit(retrofitted, num_frames=8, start='shift')
+    row = build('even', 5, SHAPE, weights['resnet'], seed=0)
+    for key, value in retrofitted.state_dict().items():
+        if '.tim.' in key or '.b3' in key or '.sme.bn' in key:
+            assert torch.equal(row.state_dict()[key], value), key
+    assert len([m for m in row.modules() if isinstance(m, CME)]) == 4
 
 
 def test_an_image_network_that_is_not_all_there_is_an_error(weights):
