@@ -93,6 +93,8 @@ ROWS: dict[str, Row] = {
     'released': Row('released code: TIM + CME&SME', _cmr(**_ALL, block=ReleasedBlock)),
     # 16 frames
     'tim_16': Row('TIM, 16 frames', _cmr(), num_frames=16),
+    'cme_16': Row('TIM + CME, 16 frames', _cmr(cme='all'), num_frames=16),
+    'sme_16': Row('TIM + SME, 16 frames', _cmr(sme='first'), num_frames=16),
     'all_16': Row('TIM + CME&SME, 16 frames', _cmr(**_ALL), num_frames=16),
     # open questions
     'pool_first': Row('released CME, pooled first', _cmr(
@@ -135,7 +137,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     'mapless': ('tim', 'mapless', 'sme'),
     'longer': ('tim_long', 'cme_long', 'sme_long', 'all_long'),
     'late': ('tim_long', 'gsm_long', 'tea_long', 'identity_long'),  # begin without an exchange between frames
-    'frames': ('tim', 'tim_16', 'all', 'all_16'),
+    'frames': ('tim', 'tim_16', 'cme_16', 'sme_16', 'all_16'),
     'frames_longer': ('tim_long', 'tim_16_long', 'all_16_long'),
     'questions': ('all', 'released', 'pool_first', 'softmax_t', 'similar', 'alone', 'early', 'depthwise', 'even',
                   'identity'),
@@ -147,10 +149,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
 MAIN = tuple(dict.fromkeys((*GROUPS['table4'], *GROUPS['table6'])))
 #: What differences are taken to where it is in the table, and is not its first row.
 BASES: dict[str, str] = {
-    'all_16': 'tim_16', 'all_16_long': 'tim_16_long', 'pool_first': 'released', 'shuffled_cme': 'cme',
-    'only_sme': 'plain', 'broken_sme': 'plain', 'shuffled_sme': 'only_sme', 'frozen_tim': 'tim',
-    'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all', 'scratch_all': 'scratch_tim', 'identity': 'all',
-    'sme': 'mapless'}
+    'cme_16': 'tim_16', 'sme_16': 'tim_16', 'all_16': 'tim_16', 'all_16_long': 'tim_16_long',
+    'pool_first': 'released', 'shuffled_cme': 'cme', 'only_sme': 'plain', 'broken_sme': 'plain',
+    'shuffled_sme': 'only_sme', 'frozen_tim': 'tim', 'frozen_all': 'frozen_tim', 'frozen_identity': 'frozen_all',
+    'scratch_all': 'scratch_tim', 'identity': 'all', 'sme': 'mapless'}
 
 
 def image_network(kind: str, num_classes: int, shape: Shape) -> nn.Module:
