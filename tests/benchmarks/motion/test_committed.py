@@ -54,6 +54,9 @@ def test_what_the_page_says_of_the_map_and_of_gates():
     assert difference_of(RESULTS, 'sme', 'mapless').verdict == 'undecided'
     for row in ('mem', 'pem', 'cme', 'sme', 'all'):
         assert difference_of(RESULTS, row, 'tim').verdict == 'undecided'
+        if row in ('cme', 'sme', 'all'):
+            assert difference_of(RESULTS, f'{row}_long', 'tim_long').verdict == 'undecided'
+    assert difference_of(RESULTS, 'cme_long', 'tim_long').high < .045  # the paper's gain
     assert difference_of(RESULTS, 'only_sme', 'plain').verdict == 'holds'
     assert difference_of(RESULTS, 'only_cme', 'plain').verdict == 'undecided'
     gates = json.loads((Path(__file__).parents[3] / 'benchmarks/results/motion-gates-cpu.json').read_text())
