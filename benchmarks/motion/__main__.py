@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.machine import not_negative, positive, result_file
 from benchmarks.motion.processes import cores
 from benchmarks.motion.rows import GROUPS, MAIN, ROWS
-from benchmarks.motion.size import SIZES, add_size
+from benchmarks.motion.size import SIZES, add_size, study_folder
 from benchmarks.motion.study import study
 from benchmarks.motion.tasks import TASKS
 
@@ -69,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.seeds or seed < (SEEDS if task == 'movers' and row in MAIN else 1)]
     jobs = args.jobs or cores(SIZES[args.size].device)
     try:
-        left = study(
-            args.out, args.folder or Path(f'motion-study-{args.size}'), keys, args.size, jobs, args.minutes)
+        left = study(args.out, study_folder(args.size, args.folder), keys, args.size, jobs, args.minutes)
     except (ImportError, OSError, ValueError) as error:
         print(f'motion: {error}', file=sys.stderr)
         return 1

@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import not_negative, results_at
+from benchmarks.machine import not_negative
 from benchmarks.motion.maps import localisation
+from benchmarks.motion.results import read
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.run import network_file, run, trained
-from benchmarks.motion.size import SIZES
+from benchmarks.motion.size import SIZES, study_folder
 from benchmarks.motion.study import save
 from benchmarks.motion.tasks import TASKS
 
@@ -62,15 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--folder', type=Path, help='of the study; by default, motion-study-SIZE')
     args = parser.parse_args(argv)
     try:
-        results = results_at(args.out, 'size', 'settings', 'runs')
+        results = read(args.out)
     except ValueError as error:
         parser.error(f'argument --out: {error}')
-    if results is None:
-        parser.error(f'argument --out: must be a result file, got {str(args.out)!r}')
     torch.set_num_threads(1)
     size = results['size']
     if args.maps:
-        folder = args.folder or Path(f'motion-study-{size}')
+        folder = study_folder(size, args.folder)
         mapped = [found for found in results['runs'] if found.get('maps')]
         there = [found for found in mapped if network_file(folder, found['row'], found['seed']).exists()]
         if not there:
@@ -86,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f'argument --rows: must be rows that --out has with seed {args.seed}, got {sorted(missing)}')
     wrong = 0
     for found in chosen:
-        with tempfile.TemporaryDirectory() as folder:
-            names = differences(found, size, Path(folder))
+        with tempfile.TemporaryDirectory() as temporary:
+            names = differences(found, size, Path(temporary))
         outcome = f'differs in {names}' if names else 'is the same'
         print(found['task'], found['row'], found['seed'], outcome, flush=True)
         wrong += bool(names)

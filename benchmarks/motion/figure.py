@@ -21,7 +21,7 @@ from benchmarks.motion.maps import moving
 from benchmarks.motion.movers import MOVERS
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.run import trained
-from benchmarks.motion.size import SIZES, add_size
+from benchmarks.motion.size import SIZES, add_size, study_folder
 from cmr_layers.video import ClipTransform, read_clip
 from cmr_layers.visualize import figure5, motion_maps
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         size = SIZES[args.size]
-        model = trained(args.folder or Path(f'motion-study-{args.size}'), args.row, args.seed, size).cpu()
+        model = trained(study_folder(args.size, args.folder), args.row, args.seed, size).cpu()
         frames, times = real_clip(ROWS[args.row].num_frames)
     except (ImportError, OSError, ValueError) as error:
         print(f'figure: {error}', file=sys.stderr)

@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import describe, not_negative, result_file, results_at, write
+from benchmarks.machine import describe, not_negative, result_file, write
 from benchmarks.motion.fit import normalise
 from benchmarks.motion.maps import GOES_ON, inputs_of, moving
 from benchmarks.motion.run import trained
-from benchmarks.motion.size import SIZES, add_size
+from benchmarks.motion.size import SIZES, add_size, kept, study_folder
 from cmr_layers import CME
 
 __all__ = ['decoded', 'main', 'measure', 'within']
@@ -90,11 +90,11 @@ def measure(model: torch.nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) ->
             places[i].append(within(x))
             pooled[i].append(x.mean((3, 4)).cpu())
             gates[i].append(layer.gate(x).cpu())
-    found = []
+    found, classes = [], torch.cat(labels)
     for place, means, gate in zip(places, map(torch.cat, pooled), map(torch.cat, gates)):
         found.append({
             'place': sum(place) / len(place), 'pooled': within(means), 'gates': within(gate),
-            'pooled_decoded': decoded(means, torch.cat(labels)), 'gates_decoded': decoded(gate, torch.cat(labels)),
+            'pooled_decoded': decoded(means, classes), 'gates_decoded': decoded(gate, classes),
             'mean': gate.mean().item()})
     return [{name: round(value, 4) for name, value in layer.items()} for layer in found]
 
@@ -109,15 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                         help=f'of {", ".join(GATED)}; default: cme')
     parser.add_argument('--seeds', type=not_negative, nargs='+', metavar='SEED', default=[0], help='default: 0')
     args = parser.parse_args(argv)
-    size, folder = SIZES[args.size], args.folder or Path(f'motion-study-{args.size}')
+    size, folder = SIZES[args.size], study_folder(args.size, args.folder)
     about = {**describe(), 'size': args.size, 'clips': PARTS * size.maps, 'taught': TAUGHT, 'classes': GOES_ON}
-    try:
-        found = results_at(args.out, 'size', 'networks') or {**about, 'networks': []}
-    except ValueError as error:
-        parser.error(f'argument --out: {error}')
-    if found['size'] != args.size:
-        parser.error(f'argument --out: must be a new file or one of size {args.size!r}, got one of {found["size"]!r}')
-    networks: list[dict[str, Any]] = found['networks']
+    networks: list[dict[str, Any]] = kept(parser, args.out, args.size, 'networks')
     done = {(network['row'], network['seed']) for network in networks}
     wanted = dict.fromkeys((row, seed) for row in args.rows for seed in args.seeds if (row, seed) not in done)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.machine import describe, positive, result_file, results_at, write
-from benchmarks.motion.rows import IMAGE_NETWORKS, ROWS, build, image_network
+from benchmarks.motion.rows import ROWS, build, image_network
 from benchmarks.runtime.interval import interval
 from benchmarks.runtime.timing import interleave
 
@@ -30,7 +30,7 @@ NETWORKS = [name for name, row in ROWS.items()
 def measure(rows: Sequence[str], rounds: int, size: int, shape: dict[str, Any], device: str) -> dict[str, Any]:
     """Time rows, and TIM beside them: seconds in the median, and the ratio to TIM with its interval."""
     kinds = {ROWS[name].image for name in (BASE, *rows)}
-    weights = {kind: image_network(kind, 6, shape).state_dict() for kind in IMAGE_NETWORKS if kind in kinds}
+    weights = {kind: image_network(kind, 6, shape).state_dict() for kind in kinds}
     calls = {}
     for name in dict.fromkeys((BASE, *rows)):
         model = build(name, 174, shape, weights[ROWS[name].image], seed=0).to(device).eval()

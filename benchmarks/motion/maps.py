@@ -73,9 +73,10 @@ def localisation(model: nn.Module, seed: int, size: Size) -> dict[str, list[floa
         pixels = clip[0].float().mean(1)
         change = F.pad((pixels[1:] - pixels[:-1]).abs(), (0, 0, 0, 0, 0, 1))
         grid = next(values.shape[1:] for values in (seen.motion, seen.top) if values is not None)
+        strength = inputs[0].norm(dim=1) if inputs else None
         maps: dict[str, Any] = {  # all of the same resolution
-            'sme': seen.motion, 'sme_input': inputs[0].norm(dim=1) if inputs else None,
-            'sme_term': inputs[0].norm(dim=1) * seen.motion if inputs and seen.motion is not None else None,
+            'sme': seen.motion, 'sme_input': strength,
+            'sme_term': strength * seen.motion if strength is not None and seen.motion is not None else None,
             'cme_top': seen.top, 'cme_bottom': seen.bottom,
             'difference': F.adaptive_avg_pool2d(change, (grid[0], grid[1]))}
         for name, values in maps.items():

@@ -1,17 +1,32 @@
 """What a result file says, by row and seed."""
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import results_at
 from benchmarks.motion.statistics import Estimate, difference, mean
 from benchmarks.motion.task import counts
 from benchmarks.motion.tasks import TASKS
 
 __all__ = [
-    'Measure', 'Runs', 'after', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'paired', 'right',
-    'runs_of', 'swept']
+    'KEYS', 'Measure', 'Runs', 'after', 'difference_of', 'direction', 'estimate', 'group', 'of_group', 'paired', 'read',
+    'right', 'runs_of', 'swept']
 
 Runs = dict[int, dict[str, Any]]  # by seed
 Measure = Callable[[dict[str, Any]], float]
+KEYS = ('size', 'settings', 'runs')  # of a study's file
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The result file of a study.
+
+    Raises:
+        ValueError: There is none, or another file.
+    """
+    found = results_at(path, *KEYS)
+    if found is None:
+        raise ValueError(f'must be a result file, got {str(path)!r}, which is not there or empty')
+    return found
 
 
 def runs_of(results: dict[str, Any], row: str, task: str = 'movers') -> Runs:

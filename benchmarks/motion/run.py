@@ -50,11 +50,16 @@ def image_weights(folder: Path, kind: str, size: Size, seed: int) -> tuple[dict[
             fit(model, batches(), size.stills)
         test = stills(size.test, (STILLS_TEST,), 'val', size.side, device=size.device)
         clips, _, right = counts(confusion(model, test.clips, test.labels, len(SHAPES)), tuple(range(len(SHAPES))))
-        part = file.with_suffix(f'.{os.getpid()}.part')
-        torch.save({'weights': model.cpu().state_dict(), 'right': right / clips}, part)
-        part.replace(file)
+        _save(file, {'weights': model.cpu().state_dict(), 'right': right / clips})
     found: dict[str, Any] = torch.load(file, weights_only=True)
     return found['weights'], found['right']
+
+
+def _save(file: Path, value: dict[str, Any]) -> None:
+    """Leave tensors in a file, whole or not at all."""
+    part = file.with_suffix(f'.{os.getpid()}.part')
+    torch.save(value, part)
+    part.replace(file)
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:
@@ -105,10 +110,7 @@ def run(folder: Path, name: str, seed: int, size: Size, task: Task = MOVERS) -> 
         found['sweeps'] = {knob: [[value, *_sweep(model, knob, value, seed, frames, size)] for value in values]
                            for knob, values in SWEEPS.items()}
         found['maps'] = localisation(model, seed, size)
-    file = network_file(folder, name, seed, task)
-    part = file.with_suffix(f'.{os.getpid()}.part')
-    torch.save(model.cpu().state_dict(), part)
-    part.replace(file)
+    _save(network_file(folder, name, seed, task), model.cpu().state_dict())
     return found
 
 

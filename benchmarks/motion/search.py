@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe, result_file, results_at, write
+from benchmarks.machine import describe, result_file, write
 from benchmarks.motion.processes import cores, processes
 from benchmarks.motion.run import image_weights, run
-from benchmarks.motion.size import SIZES, add_size
+from benchmarks.motion.size import SIZES, add_size, kept, study_folder
 
 __all__ = ['SEEDS', 'TRIALS', 'main']
 
@@ -36,16 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('--out', type=result_file, required=True, help='JSON file')
     add_size(parser)
     args = parser.parse_args(argv)
-    folder = Path(f'motion-study-{args.size}')
+    folder = study_folder(args.size)
     folder.mkdir(exist_ok=True)
-    try:
-        results = results_at(args.out, 'size', 'trials') or {'size': args.size, 'trials': []}
-    except ValueError as error:
-        parser.error(f'argument --out: {error}')
-    if results['size'] != args.size:
-        parser.error(f'argument --out: must be a new file or one of size {args.size!r}, got one of {results["size"]!r}')
     clips = SIZES[args.size].recipe.updates * SIZES[args.size].recipe.batch
-    found = results['trials']
+    found = kept(parser, args.out, args.size, 'trials')
     other = {made['curve'][-1][0] for made in found} - {clips}
     if other:
         parser.error(f'argument --out: must have trials of {clips} clips, got some of {sorted(other)}')

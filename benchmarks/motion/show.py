@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.machine import results_at
+from benchmarks.motion.results import read
 from benchmarks.motion.tables import SECTIONS
 
 __all__ = ['main']
@@ -19,11 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument('results', type=Path, help='JSON file that python -m benchmarks.motion has written')
     args = parser.parse_args(argv)
     try:
-        results = results_at(args.results, 'size', 'settings', 'runs')
+        results = read(args.results)
     except ValueError as error:
         parser.error(f'argument results: {error}')
-    if results is None:
-        parser.error(f'argument results: must be a result file, got {str(args.results)!r}, which is not there')
     if not results['runs']:
         parser.error(f'argument results: must have runs, got {str(args.results)!r}, which has none')
     for name, render in SECTIONS.items():

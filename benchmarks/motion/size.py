@@ -1,12 +1,14 @@
 """How large the study is: on a CPU's two cores, and on a GPU."""
 import argparse
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.machine import results_at
 from benchmarks.motion.fit import Recipe
 
-__all__ = ['SIZES', 'Size', 'add_size']
+__all__ = ['SIZES', 'Size', 'add_size', 'kept', 'study_folder']
 
 
 class Size(NamedTuple):
@@ -64,3 +66,23 @@ def add_size(parser: argparse.ArgumentParser) -> None:
         return text
 
     parser.add_argument('--size', type=here, choices=list(SIZES), default='cpu', help='how large; default: %(default)s')
+
+
+def study_folder(size: str, folder: Path | None = None) -> Path:
+    """Where the networks of a study are, if nobody says."""
+    return folder or Path(f'motion-study-{size}')
+
+
+def kept(parser: argparse.ArgumentParser, path: Path, size: str, key: str) -> list[Any]:
+    """What a result file of this size has under a key, nothing if there is no file.
+
+    Another file, or one of another size, is an error of the parser's argument --out.
+    """
+    try:
+        found = results_at(path, 'size', key) or {'size': size, key: []}
+    except ValueError as error:
+        parser.error(f'argument --out: {error}')
+    if found['size'] != size:
+        parser.error(f'argument --out: must be a new file or one of size {size!r}, got one of {found["size"]!r}')
+    entries: list[Any] = found[key]
+    return entries

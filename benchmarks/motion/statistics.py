@@ -29,11 +29,15 @@ class Estimate(NamedTuple):
 
     def show(self, sign: bool = False) -> str:
         """In percent, within 0 and 100, or in points with a sign. Of two seeds, both values in their order."""
-        shown = [f'{100 * value:{"+" if sign else ""}.1f}' for value in (
-            self.mean, *((self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))), *self.values)]
+        def text(value: float) -> str:
+            return f'{100 * value:{"+" if sign else ""}.1f}'
+
         if self.seeds == 1:
-            return shown[0]
-        return f'{shown[0]} ({shown[3]}, {shown[4]})' if self.seeds == 2 else f'{shown[0]} ({shown[1]} to {shown[2]})'
+            return text(self.mean)
+        if self.seeds == 2:
+            return f'{text(self.mean)} ({", ".join(map(text, self.values))})'
+        low, high = (self.low, self.high) if sign else (max(self.low, 0), min(self.high, 1))
+        return f'{text(self.mean)} ({text(low)} to {text(high)})'
 
     @property
     def verdict(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.machine import describe, read_json, results_at, write
 from benchmarks.motion.processes import processes
-from benchmarks.motion.results import right
+from benchmarks.motion.results import KEYS, right
 from benchmarks.motion.rows import ROWS
 from benchmarks.motion.run import image_weights, run
 from benchmarks.motion.size import SIZES
@@ -122,7 +122,7 @@ def study(
     settings = json.loads(json.dumps(as_dict(SIZES[size])))
     now = {**describe('numpy', 'scikit-image'), 'size': size, 'settings': settings, 'runs': []}
     try:
-        results = results_at(out, 'size', 'settings', 'runs') or now
+        results = results_at(out, *KEYS) or now
     except ValueError as error:
         raise ValueError(f'--out {error}') from None
     if results['settings'] != settings:
